@@ -1,0 +1,33 @@
+r"""The errors that partpar raises for what a user can mend. Each message says what was expected, what was found and what to do."""
+
+
+class PartparError(Exception):
+    r"""Base of all errors that partpar raises on purpose."""
+
+
+class GraphError(PartparError, ValueError):
+    r"""A graph, a frame or an attribute is not what it should be."""
+
+
+class PartitionError(PartparError, ValueError):
+    r"""Arguments of a partition do not fit the graph or each other."""
+
+
+class PartitionExistsError(PartitionError, FileExistsError):
+    r"""A different partition already stands where one was to be written."""
+
+
+class PartitionFileError(PartparError, ValueError):
+    r"""A file of a partition is damaged, foreign, too new or not what its manifest says."""
+
+
+class MissingPartitionError(PartitionFileError, FileNotFoundError):
+    r"""A partition, or a file of it, is not where it was looked for."""
+
+
+class RouteError(PartparError, ValueError):
+    r"""Rows given to a route, or ids given to build one, do not fit it."""
+
+
+class AgreementError(RouteError):
+    r"""Ranks disagree on something that all of them must pass alike."""
