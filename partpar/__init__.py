@@ -1,0 +1,6 @@
+r"""Train graph neural networks on graphs that one process cannot hold: the same numbers as one process, on any number
+of workers."""
+
+from partpar.route import Route
+
+__all__ = ["Route"]

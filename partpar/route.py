@@ -1,0 +1,355 @@
+r"""The route: an immutable plan of which owned rows go to which peer and which halo rows come back.
+
+After the manner of PETSc's star forests (Zhang et al., "The PetscSF scalable communication layer", TPDS 2022): a plan
+holds index tables, the caller owns the data, and every operation and its transpose come from the same tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from partpar import directory, exchange
+from partpar.errors import RouteError
+
+REDUCTIONS = ("sum", "mean", "max", "min")
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    r"""Moves rows between the workers that own them and those that need them as halo.
+
+    The sources of a share are its owned nodes, then its halo grouped by owner, so that own rows never travel and a
+    received block *is* the halo slice. Build one by ``share.to_route()`` or :meth:`from_raw_ids`; all calls but
+    :meth:`bytes_per_peer` and :meth:`to` are collective over :attr:`group`.
+
+    Args:
+        raw_ids: ``[num_src]`` int64, the raw id of every source row.
+        num_owned: Rows owned here.
+        num_halo: Rows received from peers.
+        send_index: ``[sum(send_splits)]`` int64, the owned rows to send, grouped by peer.
+        send_splits: Rows sent to each rank.
+        recv_splits: Rows received from each rank.
+        order: ``[num_src]`` int64, the place of each source row in "owned, then halo", or :obj:`None` where source
+            rows stand in just that order (as in every share).
+        group: The route's own process group; :obj:`None` when alone.
+    """
+
+    raw_ids: Tensor
+    num_owned: int
+    num_halo: int
+    send_index: Tensor
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+    order: Tensor | None = None
+    group: ProcessGroup | None = None
+    _checks: exchange.Checks = field(default_factory=exchange.Checks, repr=False)
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def trivial(cls, num_nodes: int, raw_ids: Tensor | None = None) -> Route:
+        r"""The route of one process that owns everything."""
+        raw_ids = torch.arange(num_nodes) if raw_ids is None else raw_ids
+        return cls(raw_ids, num_nodes, 0, torch.empty(0, dtype=torch.int64), (0,), (0,))
+
+    @classmethod
+    def from_raw_ids(cls, src_ids: Tensor, dst_ids: Tensor, group: ProcessGroup | None = None) -> Route:
+        r"""Builds a route for arbitrary ids (collective). Owners are found through a directory spread over all ranks,
+        so that memory stays proportional to the ids given.
+
+        Args:
+            src_ids: ``[num_src]`` int64, the ids whose rows are wanted here, in any order, repeated or not.
+            dst_ids: ``[num_owned]`` int64, the ids whose rows this rank owns.
+            group: The process group; :obj:`None` means the default one.
+
+        Returns:
+            A route whose :meth:`apply` returns row ``i`` for ``src_ids[i]``.
+
+        Raises:
+            RouteError: An id is owned by nobody or twice, or ids are not 1-dimensional int64; on every rank.
+        """
+        own = exchange.own_group(group)
+        tables = directory.from_raw_ids(src_ids, dst_ids, own)
+        return cls(src_ids, **vars(tables), group=own)
+
+    @classmethod
+    def from_offsets(cls, raw_ids: Tensor, halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None = None, **agreed: int) -> Route:
+        r"""Builds the route of a share whose owners are known by ranges of ids (collective, one exchange of ids).
+
+        Args:
+            raw_ids: ``[num_owned + num_halo]`` int64.
+            halo_ids: ``[num_halo]`` int64, ascending.
+            offsets: ``[num_parts + 1]`` int64, part p owns ids ``offsets[p]`` to ``offsets[p + 1] - 1``.
+            group: The process group, one rank for each part; :obj:`None` means the default one.
+            agreed: Numbers that all ranks must have alike, such as a digest of the partition's run id.
+        """
+        own = exchange.own_group(group)
+        return cls(raw_ids, **vars(directory.from_offsets(halo_ids, offsets, own, agreed)), group=own)
+
+    # --- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_src(self) -> int:
+        r"""Rows that :meth:`apply` returns."""
+        return self.raw_ids.size(0)
+
+    @property
+    def rank(self) -> int:
+        return exchange.rank_and_size(self.group)[0]
+
+    @property
+    def world_size(self) -> int:
+        return exchange.rank_and_size(self.group)[1]
+
+    def bytes_per_peer(self, width: int, dtype: torch.dtype = torch.float32) -> list[int]:
+        r"""Bytes that one :meth:`apply` of rows of :obj:`width` elements sends to each rank (to this one: 0).
+        :meth:`reduce` moves the same blocks the other way."""
+        return [n * width * dtype.itemsize for n in self.send_splits]
+
+    def to(self, device: torch.device | str) -> Route:
+        r"""The same plan with its tables on :obj:`device`."""
+        order = None if self.order is None else self.order.to(device)
+        return replace(self, raw_ids=self.raw_ids.to(device), send_index=self.send_index.to(device), order=order)
+
+    # --- moving rows --------------------------------------------------------------------------------------------
+
+    def apply(self, x: Tensor) -> Tensor:
+        r"""Copies owner to halo. Its gradient is the transpose: halo gradients are summed at the owner.
+
+        Args:
+            x: ``[num_owned, *]``, any floating dtype; integers and booleans travel without gradient.
+
+        Returns:
+            ``[num_src, *]``: the owned rows, then the halo.
+
+        Raises:
+            RouteError: Rows, dtype, trailing shape or ``requires_grad`` do not fit; on every rank.
+        """
+        self._check("apply", x, self.num_owned)
+        out: Tensor = _Apply.apply(x, self)
+        return out if self.order is None else out.index_select(0, self.order)
+
+    def apply_begin(self, x: Tensor) -> RouteInFlight:
+        r"""Begins an :meth:`apply`: interior work may be done before :meth:`RouteInFlight.wait`. In the backward pass
+        likewise, the halo's gradient leaves before the interior's is computed. Several may be in flight."""
+        self._check("apply_begin", x, self.num_owned)
+        return RouteInFlight(x, self)
+
+    def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        r"""Combines every owned row with its copies in the halos of all peers; differentiable.
+
+        Args:
+            x: ``[num_src, *]``.
+            op: ``"sum"`` (the transpose of :meth:`apply`), ``"mean"``, ``"max"`` or ``"min"``. The gradient of a tie
+                is split evenly over all tied entries on all ranks.
+
+        Returns:
+            ``[num_owned, *]``; a row without any copy is 0.
+        """
+        wrong = None if op in REDUCTIONS else f"reduce: expected op to be one of {', '.join(REDUCTIONS)}; found {op!r}"
+        self._check(f"reduce({op})", x, self.num_src, wrong)
+        if op == "sum":
+            return self._sum(x)
+        ones = x.new_ones((self.num_src, *[1] * (x.dim() - 1)), requires_grad=False)
+        count = self._sum(ones).clamp_(min=1)
+        if op == "mean":
+            return self._sum(x) / count
+        if op == "max":
+            return _Max.apply(x, self)
+        return -_Max.apply(-x, self)
+
+    def restrict(self, mask: Tensor) -> Route:
+        r"""The sub-route that only moves the wanted rows (collective).
+
+        Args:
+            mask: ``[num_src]`` bool, the source rows that are wanted here.
+
+        Returns:
+            A route over the same owned rows whose :meth:`apply` returns ``mask.sum()`` rows; it equals one built from
+            ``raw_ids[mask]``.
+        """
+        wrong = None
+        if mask.dtype != torch.bool or tuple(mask.shape) != (self.num_src,):
+            wrong = f"restrict: expected a bool mask of shape ({self.num_src},), found {mask.dtype} of shape {tuple(mask.shape)}"
+        exchange.agree(self.group, "restrict", {}, wrong)
+        order = (torch.arange(self.num_src, device=mask.device) if self.order is None else self.order)[mask]
+        wanted = torch.zeros(self.num_owned + self.num_halo, dtype=torch.bool, device=mask.device)
+        wanted[order] = True
+        kept = wanted[self.num_owned :]
+        asked = exchange.send_rows(kept, self.recv_splits, self.send_splits, self.group).wait()
+
+        place = wanted.clone()
+        place[: self.num_owned] = True  # owned rows keep their places whether wanted or not
+        order = (place.cumsum(0) - 1)[order]
+        num_halo = int(kept.sum())
+        straight = torch.equal(order, torch.arange(self.num_owned + num_halo, device=order.device))
+        return replace(
+            self,
+            raw_ids=self.raw_ids[mask],
+            num_halo=num_halo,
+            send_index=self.send_index[asked],
+            send_splits=tuple(int(b.sum()) for b in asked.split(list(self.send_splits))),
+            recv_splits=tuple(int(b.sum()) for b in kept.split(list(self.recv_splits))),
+            order=None if straight else order,
+            _checks=exchange.Checks(),
+        )
+
+    # --- within -------------------------------------------------------------------------------------------------
+
+    def _check(self, what: str, x: Tensor, num_rows: int, wrong: str | None = None) -> None:
+        """Refuses bad rows on every rank before any rank sends."""
+        if wrong is None and not isinstance(x, Tensor):
+            wrong = f"{what}: expected a tensor of {num_rows} rows, found {type(x).__name__}"
+        if wrong is None and (x.dim() == 0 or x.size(0) != num_rows):
+            rows = "owned" if num_rows == self.num_owned else "source"
+            wrong = f"{what}: expected {num_rows} rows (one for each {rows} node), found a tensor of shape {tuple(x.shape)}"
+        if wrong is None and x.device.type != self.send_index.device.type:
+            wrong = f"{what}: expected rows on {self.send_index.device} as the route is, found {x.device}; use route.to({str(x.device)!r})"
+        if wrong is None and x.dim() > 9:
+            wrong = f"{what}: expected at most 8 trailing dimensions, found shape {tuple(x.shape)}"
+        if self._checks.due():
+            exchange.agree(self.group, what, {} if wrong is not None else exchange.tensor_fields(x), wrong)
+        elif wrong is not None:
+            raise RouteError(wrong)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.new_zeros((self.num_owned + self.num_halo, *x.shape[1:])).index_add(0, self.order, x)
+        return _ReduceSum.apply(x, self)
+
+    def _pull(self, x: Tensor, out: Tensor) -> exchange.RowsInFlight:
+        """Owner to halo, into ``out``."""
+        return exchange.send_rows(x.index_select(0, self.send_index), self.send_splits, self.recv_splits, self.group, out)
+
+    def _push(self, halo: Tensor) -> exchange.RowsInFlight:
+        """Halo to owner; the rows arrive in the order of ``send_index``."""
+        return exchange.send_rows(halo, self.recv_splits, self.send_splits, self.group)
+
+
+class RouteInFlight:
+    r"""An :meth:`Route.apply` that has begun."""
+
+    def __init__(self, x: Tensor, route: Route) -> None:
+        self._x, self._route, self._flight = x, route, _Flight()
+        self._halo: Tensor = _Start.apply(x, route, self._flight)
+
+    def wait_halo(self) -> Tensor:
+        r"""Awaits and returns the ``[num_halo, *]`` halo rows alone."""
+        return _Land.apply(self._halo, self._route, self._flight)
+
+    def wait(self) -> Tensor:
+        r"""Awaits the halo and returns what :meth:`Route.apply` would: ``[num_src, *]``."""
+        out = torch.cat([self._x, self.wait_halo()])
+        return out if self._route.order is None else out.index_select(0, self._route.order)
+
+
+@dataclass
+class _Flight:
+    """What is under way, forwards and backwards, between the two halves of an exchange."""
+
+    forward: exchange.RowsInFlight | None = None
+    backward: exchange.RowsInFlight | None = None
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        out = x.new_empty((route.num_owned + route.num_halo, *x.shape[1:]))
+        flight = route._pull(x, out[route.num_owned :])
+        out[: route.num_owned] = x
+        flight.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _ReduceSum.apply(grad, ctx.route), None
+
+
+class _ReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        flight = route._push(x[route.num_owned :])
+        out = x[: route.num_owned].clone(memory_format=torch.contiguous_format)
+        return out.index_add_(0, route.send_index, flight.wait())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Apply.apply(grad, ctx.route), None
+
+
+def _max_into(out: Tensor, index: Tensor, rows: Tensor, include_self: bool) -> None:
+    """``out[index[i]] = max(out[index[i]], rows[i])``"""
+    index = index.view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
+    out.scatter_reduce_(0, index, rows, "amax", include_self=include_self)
+
+
+class _Max(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
+        place = torch.arange(route.num_src, device=x.device) if route.order is None else route.order
+        out = x.new_zeros((route.num_owned + route.num_halo, *x.shape[1:]))
+        _max_into(out, place, x, include_self=False)
+        received = route._push(out[route.num_owned :]).wait()
+        out = out[: route.num_owned].contiguous()
+        absent = torch.ones(route.num_owned, dtype=torch.bool, device=x.device)
+        absent[place[place < route.num_owned]] = False
+        out[absent] = torch.finfo(x.dtype).min if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+        _max_into(out, route.send_index, received, include_self=True)
+        absent[route.send_index] = False
+        out[absent] = 0
+        ctx.route = route
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, out = ctx.saved_tensors
+        tied = (x.detach() == ctx.route.apply(out.detach())).to(grad.dtype)
+        ties = ctx.route._sum(tied).clamp_(min=1)
+        return tied * ctx.route.apply(grad / ties), None
+
+
+class _Start(torch.autograd.Function):
+    """Sends the owned rows; in the backward pass, awaits the halo's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route, flight: _Flight) -> Tensor:
+        ctx.route, ctx.flight, ctx.shape = route, flight, x.shape
+        halo = x.new_empty((route.num_halo, *x.shape[1:]))
+        flight.forward = route._pull(x, halo)
+        return halo
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        route: Route = ctx.route
+        if ctx.flight.backward is None:  # a double backward pass: nothing was sent ahead
+            padded = torch.cat([grad.new_zeros(ctx.shape), grad])
+            return _ReduceSum.apply(padded, route), None, None
+        received, ctx.flight.backward = ctx.flight.backward.wait(), None
+        return received.new_zeros(ctx.shape).index_add_(0, route.send_index, received), None, None
+
+
+class _Land(torch.autograd.Function):
+    """Awaits the halo rows; in the backward pass, sends their gradient ahead."""
+
+    @staticmethod
+    def forward(ctx: Any, halo: Tensor, route: Route, flight: _Flight) -> Tensor:
+        ctx.route, ctx.flight = route, flight
+        assert flight.forward is not None
+        flight.forward.wait()
+        return halo.view_as(halo)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return grad, None, None
+        ctx.flight.backward = ctx.route._push(grad)
+        # The gradient itself travels; autograd is only owed something of the right shape.
+        return grad.new_zeros(()).expand_as(grad), None, None
