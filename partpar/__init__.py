@@ -1,6 +1,7 @@
 r"""Train graph neural networks on graphs that one process cannot hold: the same numbers as one process, on any number
 of workers."""
 
+from partpar.graph import GraphData
 from partpar.route import Route
 
-__all__ = ["Route"]
+__all__ = ["GraphData", "Route"]
