@@ -1,0 +1,29 @@
+r"""Fixtures for all tests: the gang, world sizes and a quiet, single-threaded test process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported below
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gang import Gang
+
+torch.set_num_threads(1)
+WORLD_SIZES = [int(n) for n in os.environ.get("PARTPAR_TEST_WORLD_SIZES", "1,2,3,4").split(",")]
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Gang]:
+    r"""Four processes for the whole session; see ``gang.py``."""
+    with Gang(4) as gang:
+        yield gang
+
+
+@pytest.fixture(params=WORLD_SIZES, ids=lambda n: f"{n}ranks")
+def world_size(request: pytest.FixtureRequest) -> int:
+    r"""1, 2, 3 and 4 ranks, or those that ``PARTPAR_TEST_WORLD_SIZES="2"`` names."""
+    return int(request.param)
