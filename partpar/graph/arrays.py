@@ -34,11 +34,14 @@ def open_folder(folder: str | Path) -> GraphData:
         try:
             # Copy on write: torch wants writable memory, the file stays as it is.
             arrays[file.stem] = np.load(file, mmap_mode="c", allow_pickle=False)
-        except ValueError as error:
-            if np.load(file, mmap_mode=None, allow_pickle=False).ndim:
-                raise GraphError(f"{file}: {error}") from error
-            arrays[file.stem] = np.load(file, allow_pickle=False)
-    return from_pyg_data(to_pyg(arrays, str(folder)))
+        except (ValueError, OSError) as error:
+            raise GraphError(f"{file}: expected a .npy file of numbers, found {error}") from error
+    graph = from_pyg_data(to_pyg(arrays, str(folder)))
+    for edge_type in graph.edge_types:
+        name = "edge_index" if "edge_index" in arrays else "__".join(("edge_index", *edge_type))
+        if name in arrays:
+            graph._streams[edge_type] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return graph
 
 
 def to_pyg(arrays: Mapping[str, np.ndarray], what: str = "arrays") -> Data | HeteroData:

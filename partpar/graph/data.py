@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,7 @@ class GraphData:
         self._sources = self._nodes if sources is None else dict(sources)
         self._structure, self._part = dict(structure), part
         self._edge_index: dict[EdgeType, Tensor] = {}
+        self._streams: dict[EdgeType, np.ndarray] = {}
 
     # --- constructors -------------------------------------------------------------------------------------------
 
@@ -331,6 +333,12 @@ class GraphData:
         if name not in self._edge_index:
             self._edge_index[name] = piece.edge_index()
         return self._edge_index[name]
+
+    def stream(self, type: EdgeType | None = None) -> np.ndarray:
+        r"""The edge index as an array to be read from front to back: for a graph that was opened from a folder, a
+        read-only memory map whose pages can be given back as one goes."""
+        name = self._edge_type(type)
+        return self._streams[name] if name in self._streams else self.edge_index(name).numpy()
 
     def csc(self, type: EdgeType | None = None) -> tuple[Tensor, Tensor]:
         r"""``(indptr [num_dst + 1] int64, indices [E])``: sources grouped by destination. Only a share's edges, and a

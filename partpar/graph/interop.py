@@ -34,9 +34,9 @@ def from_pyg_data(data: Data | HeteroData) -> GraphData:
     for name, value in data.to_dict().items():
         if name in ("edge_index", "num_nodes"):
             continue
-        if data.is_node_attr(name) and _rows_first(data, name, value):
+        if data.is_node_attr(name) and _has_rows(data, name, value):
             nodes[name] = _tensor(f"node attribute {name!r}", value)
-        elif data.is_edge_attr(name) and _rows_first(data, name, value):
+        elif data.is_edge_attr(name) and _has_rows(data, name, value):
             edges[name] = _tensor(f"edge attribute {name!r}", value)
         else:
             meta[name] = _plain(name, value)
@@ -63,7 +63,7 @@ def _frame(store: BaseStorage, num_rows: int, structural: tuple[str, ...], what:
     for name, value in store.items():
         if name in structural:
             continue
-        if (store.is_node_attr(name) or store.is_edge_attr(name)) and _rows_first(store._parent(), name, value, store):
+        if (store.is_node_attr(name) or store.is_edge_attr(name)) and _has_rows(store._parent(), name, value, store):
             frame[name] = _tensor(f"attribute {name!r} of {what}", value)
         else:
             key = store._key if isinstance(store._key, str) else "__".join(store._key)
@@ -114,9 +114,11 @@ def _edge_index(what: str, edge_index: Any) -> Tensor:
     return edge_index.as_subclass(Tensor)
 
 
-def _rows_first(data: Data | HeteroData, name: str, value: Any, *args: Any) -> bool:
-    """Attributes that PyG concatenates along another dimension, as it does ``*_index``, have no rows."""
-    return not isinstance(value, Tensor) or data.__cat_dim__(name, value, *args) == 0
+def _has_rows(data: Data | HeteroData, name: str, value: Any, *args: Any) -> bool:
+    """Neither attributes that PyG concatenates along another dimension, as it does ``*_index``, nor strings do."""
+    if isinstance(value, Tensor):
+        return data.__cat_dim__(name, value, *args) == 0
+    return not (isinstance(value, (list, tuple)) and any(isinstance(item, str) for item in value))
 
 
 def _tensor(what: str, value: Any) -> Tensor:

@@ -1,0 +1,176 @@
+r"""Opening a share, memory-mapped, and refusing whatever is not just what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from partpar.errors import MissingPartitionError, PartitionFileError
+from partpar.graph import CSC, EdgeType, Frame, GraphData, Part
+from partpar.partition.digest import file_digest
+from partpar.partition.layout import edge_key, node_key, partition_folder
+from partpar.partition.manifest import FileRecord, Manifest, read_manifest
+from partpar.partition.write import canonical
+
+
+def load_partition(
+    root: str | Path, part_id: int | None, num_parts: int | None, algorithm: str, verify: bool | None
+) -> GraphData:
+    """See :meth:`partpar.GraphData.load_partition`."""
+    part_id = _rank() if part_id is None else part_id
+    num_parts = _world_size() if num_parts is None else num_parts
+    folder = partition_folder(root, canonical(algorithm), num_parts)
+    if not folder.is_dir():
+        found = sorted(p.parent.name for p in Path(root).glob("*/manifest.json") if not p.parent.name.startswith("."))
+        raise MissingPartitionError(
+            f"{folder}: expected a partition in {num_parts} parts by {algorithm!r}, found {', '.join(found) or 'none'} in {root}; "
+            f"cut the graph by partition_graph, or start as many workers as a partition has parts"
+        )
+    manifest = read_manifest(folder)
+    if manifest.num_parts != num_parts:
+        raise PartitionFileError(f"{folder}: expected a partition in {num_parts} parts, found one in {manifest.num_parts}")
+    if not 0 <= part_id < num_parts:
+        raise MissingPartitionError(f"{folder}: expected a part from 0 to {num_parts - 1}, found {part_id}")
+    return open_share(folder, manifest, part_id, verify)
+
+
+def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | None = None) -> GraphData:
+    r"""Opens one share of a partition whose manifest was read."""
+    file = _TensorFile(folder, manifest.shares[part_id], manifest.run_id, verify)
+    nodes, sources, edges, structure = {}, {}, {}, {}
+    offsets = {t: torch.tensor(o) for t, o in manifest.node_offsets.items()}
+    for node_type, offset in offsets.items():
+        low, high = int(offset[part_id]), int(offset[part_id + 1])
+        nodes[node_type], sources[node_type] = _node_frames(file, node_type, low, high, int(offset[-1]))
+    for edge_type, edge_offset in manifest.edge_types:
+        low, high = edge_offset[part_id], edge_offset[part_id + 1]
+        num_src, num_dst = sources[edge_type[0]].num_rows, nodes[edge_type[2]].num_rows
+        structure[edge_type] = _csc(file, edge_type, num_src, num_dst, high - low)
+        columns: dict[str, Tensor | Callable[[], Tensor]] = dict(file.attributes(edge_key(edge_type, "attr", "")))
+        columns["raw_ids"] = file.reader(edge_key(edge_type, "raw_ids"))
+        columns["ids"] = _range(low, high)
+        edges[edge_type] = Frame(high - low, columns, f"edges of type {edge_type}")
+    meta = dict(manifest.meta)
+    if manifest.meta_file is not None:
+        meta_file = _TensorFile(folder, manifest.meta_file, manifest.run_id, verify)
+        meta.update({name: meta_file.read(name) for name in manifest.meta_file.tensors})
+    return GraphData(nodes, edges, structure, meta, sources, Part(part_id, manifest.num_parts, offsets, manifest.run_id))
+
+
+def _node_frames(file: _TensorFile, node_type: str, low: int, high: int, num_nodes: int) -> tuple[Frame, Frame]:
+    halo_ids = file.read(node_key(node_type, "halo_ids"))
+    rising = bool((halo_ids.diff() > 0).all())
+    outside = not bool(((halo_ids >= low) & (halo_ids < high)).any())
+    within = halo_ids.numel() == 0 or (int(halo_ids[0]) >= 0 and int(halo_ids[-1]) < num_nodes)
+    if not (rising and outside and within):
+        raise PartitionFileError(f"{file.path}: expected ascending ids below {num_nodes} and outside of {low} to {high - 1} in {node_key(node_type, 'halo_ids')!r}")
+    raw_ids, halo_raw_ids = (file.reader(node_key(node_type, name)) for name in ("raw_ids", "halo_raw_ids"))
+    columns: dict[str, Tensor | Callable[[], Tensor]] = dict(file.attributes(node_key(node_type, "attr", "")))
+    owned = Frame(high - low, {**columns, "raw_ids": raw_ids, "ids": _range(low, high)}, f"owned nodes of type {node_type!r}")
+    source = Frame(
+        high - low + halo_ids.numel(),
+        {
+            "raw_ids": lambda: torch.cat([raw_ids(), halo_raw_ids()]),
+            "ids": lambda: torch.cat([torch.arange(low, high), halo_ids]),
+        },
+        f"source nodes of type {node_type!r} (rows of the halo come by route.apply)",
+    )
+    return owned, source
+
+
+def _range(low: int, high: int) -> Callable[[], Tensor]:
+    return lambda: torch.arange(low, high)
+
+
+def _csc(file: _TensorFile, edge_type: EdgeType, num_src: int, num_dst: int, num_edges: int) -> CSC:
+    indptr, indices = file.read(edge_key(edge_type, "indptr")), file.read(edge_key(edge_type, "indices"))
+    if indptr.numel() != num_dst + 1 or int(indptr[0]) != 0 or int(indptr[-1]) != num_edges or bool((indptr.diff() < 0).any()):
+        raise PartitionFileError(f"{file.path}: expected {num_dst + 1} numbers that rise from 0 to {num_edges} in {edge_key(edge_type, 'indptr')!r}")
+    if indices.numel() != num_edges or (num_edges and not 0 <= int(indices.min()) <= int(indices.max()) < num_src):
+        raise PartitionFileError(f"{file.path}: expected {num_edges} numbers from 0 to {num_src - 1} in {edge_key(edge_type, 'indices')!r}")
+    return CSC(indptr, indices)
+
+
+class _TensorFile:
+    """A safetensors file that is what its record says; its tensors lie in the page cache and are shared by processes."""
+
+    def __init__(self, folder: Path, record: FileRecord, run_id: str, verify: bool | None) -> None:
+        self.path, self.record = folder / record.name, record
+        if not self.path.is_file() or self.path.is_symlink():
+            found = "a link" if self.path.is_symlink() else "none"
+            raise MissingPartitionError(f"{self.path}: expected a file, found {found}; copy the share here or partition again")
+        size = self.path.stat().st_size
+        if size != record.num_bytes:
+            raise PartitionFileError(f"{self.path}: expected {record.num_bytes} bytes, found {size}; copy the share again")
+        if verify or (verify is None and not _verified_before(self.path, record)):
+            digest = file_digest(self.path)
+            if digest != record.sha256:
+                raise PartitionFileError(f"{self.path}: expected the checksum {record.sha256}, found {digest}; copy the share again")
+            _remember_verified(self.path, record)
+        try:
+            self._handle: Any = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise PartitionFileError(f"{self.path}: expected a safetensors file, found {error}; copy the share again") from error
+        found_run = (self._handle.metadata() or {}).get("run_id")
+        if found_run != run_id:
+            raise PartitionFileError(f"{self.path}: expected a share of run {run_id}, found one of run {found_run}; copy the share again")
+        if set(self._handle.keys()) != set(record.tensors):
+            raise PartitionFileError(f"{self.path}: expected the tensors {sorted(record.tensors)}, found {sorted(self._handle.keys())}")
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.record.tensors:
+            raise PartitionFileError(f"{self.path}: expected a tensor {name!r}, found {sorted(self.record.tensors)}")
+        tensor: Tensor = self._handle.get_tensor(name)
+        dtype, shape = self.record.tensors[name]
+        if tensor.dtype != getattr(torch, dtype) or list(tensor.shape) != shape:
+            raise PartitionFileError(f"{self.path}: expected {name!r} to be {dtype} {shape}, found {tensor.dtype} {list(tensor.shape)}")
+        return tensor
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        return lambda: self.read(name)
+
+    def attributes(self, prefix: str) -> dict[str, Callable[[], Tensor]]:
+        return {unquote(n.removeprefix(prefix)): self.reader(n) for n in self.record.tensors if n.startswith(prefix)}
+
+
+# --- checksums are read once on a machine ---------------------------------------------------------------------------
+
+
+def _stamp(path: Path, record: FileRecord) -> Path:
+    """Names a file that says: this file, as it is now, was verified."""
+    # Not the home folder, which several machines may share.
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir()) / f"cache-{os.getuid()}")
+    stat = path.stat()
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {record.sha256}"
+    return base / "partpar" / "verified" / hashlib.sha256(state.encode()).hexdigest()
+
+
+def _verified_before(path: Path, record: FileRecord) -> bool:
+    return _stamp(path, record).exists()
+
+
+def _remember_verified(path: Path, record: FileRecord) -> None:
+    stamp = _stamp(path, record)
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        return  # a read-only machine verifies at every open
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,210 @@
+r"""Cutting a whole graph and writing its shares: all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from partpar.errors import GraphError, PartitionError, PartitionExistsError, PartitionFileError
+from partpar.graph import GraphData
+from partpar.graph.validate import validate_structure
+from partpar.partition import registry
+from partpar.partition.cut import cut_share, plan_cut
+from partpar.partition.digest import file_digest, run_id
+from partpar.partition.layout import FORMAT_VERSION, MANIFEST, META, RESERVED, partition_folder, share_file
+from partpar.partition.manifest import FileRecord, Manifest, describe, read_manifest
+from partpar.partition.report import quality_report
+from partpar.partition.weights import make_problem
+
+GIVEN = "given"  # the caller's own assignment
+
+
+def canonical(algorithm: str) -> str:
+    r"""An algorithm's one spelling, which names its folder."""
+    return algorithm if algorithm == GIVEN else registry.canonical(algorithm)
+
+
+def partition_graph(
+    graph: GraphData,
+    root: str | Path,
+    num_parts: int,
+    node_weight: str | list[str] | None,
+    edge_weight: str | None,
+    algorithm: str,
+    options: dict[str, Any],
+    overwrite: bool,
+) -> Path:
+    """See :meth:`partpar.GraphData.partition_graph`."""
+    algorithm = canonical(algorithm)
+    if isinstance(num_parts, bool) or not isinstance(num_parts, int) or num_parts < 1:
+        raise PartitionError(f"num_parts: expected a number of at least 1, found {num_parts!r}")
+    if graph.part is not None or any(graph.num_halo(t) for t in graph.node_types):
+        raise PartitionError("partition_graph: expected a whole graph, found a share")
+    _check_names(graph)
+    validate_structure(graph)
+    weights = [node_weight] if isinstance(node_weight, str) else list(node_weight or [])
+    if not weights and algorithm == "multi-constraint-metis":
+        weights = ["#nodes", "#in_edges"]
+
+    arguments = {"num_parts": num_parts, "algorithm": algorithm, "node_weight": weights, "edge_weight": edge_weight, "options": options}
+    digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
+    folder = partition_folder(root, algorithm, num_parts)
+    if _stands(folder, digest, overwrite):
+        return folder
+    seed = options.get("seed", 0)
+    problem = make_problem(graph, num_parts, weights, edge_weight, seed if isinstance(seed, int) else _bad_seed(seed))
+    assignment = _assign(graph, problem, algorithm, options)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        os.chmod(scratch, 0o777 & ~_umask())
+        constraints = {
+            name: np.bincount(assignment, np.asarray(w, dtype=np.float64), num_parts) for name, w in problem.node_weights.items()
+        }
+        _write_all(graph, scratch, _by_type(graph, assignment), constraints, digest, arguments)
+        _publish(scratch, folder, digest, overwrite)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _check_names(graph: GraphData) -> None:
+    for frame in [graph.node(t) for t in graph.node_types] + [graph.edge(t) for t in graph.edge_types]:
+        for name in RESERVED:
+            if name in frame:
+                raise GraphError(f"attribute {name!r} of {frame.what}: shares use this name themselves; rename it")
+
+
+def _bad_seed(seed: Any) -> int:
+    raise PartitionError(f"seed: expected an integer, found {seed!r}")
+
+
+def _stands(folder: Path, digest: str, overwrite: bool) -> bool:
+    """Whether this very partition is there already; raises where another one may not be replaced."""
+    if not folder.exists():
+        return False
+    try:
+        found = read_manifest(folder).run_id
+    except PartitionFileError as error:
+        found = f"an unreadable one ({error})"
+    if found == digest:
+        return True
+    if overwrite:
+        return False
+    raise PartitionExistsError(
+        f"{folder}: expected no partition, or that of this graph and these arguments (run id {digest}); found {found}; "
+        f"pass overwrite=True to replace it, or another root"
+    )
+
+
+def _assign(graph: GraphData, problem: registry.Problem, algorithm: str, options: dict[str, Any]) -> np.ndarray:
+    if algorithm != GIVEN:
+        return registry.assign(algorithm, problem, **{k: v for k, v in options.items() if k != "seed"})
+    given = options.get("assignment")
+    if given is None or set(options) - {"assignment", "seed"}:
+        raise PartitionError(f"algorithm 'given': expected partition_kwargs={{'assignment': …}}, found {sorted(options)}")
+    pieces = given if isinstance(given, Mapping) else {graph.node_types[0]: given}
+    if set(pieces) != set(graph.node_types):
+        raise PartitionError(f"assignment: expected one for each of {graph.node_types}, found {sorted(pieces)}")
+    for node_type, piece in pieces.items():
+        parts = np.asarray(piece)
+        if parts.shape != (graph.num_nodes(node_type),) or parts.dtype.kind not in "iu":
+            raise PartitionError(
+                f"assignment: expected {graph.num_nodes(node_type)} integers, found {parts.dtype} of shape {parts.shape}"
+            )
+        if parts.size and not 0 <= parts.min() <= parts.max() < problem.num_parts:
+            raise PartitionError(f"assignment: expected parts 0 to {problem.num_parts - 1}, found {parts.min()} to {parts.max()}")
+    return np.concatenate([np.asarray(pieces[t]) for t in graph.node_types]).astype(np.int32)
+
+
+def _by_type(graph: GraphData, assignment: np.ndarray) -> dict[str, Tensor]:
+    sizes = [graph.num_nodes(t) for t in graph.node_types]
+    return dict(zip(graph.node_types, torch.from_numpy(assignment).split(sizes), strict=True))
+
+
+def _write_all(
+    graph: GraphData,
+    scratch: Path,
+    assignment: dict[str, Tensor],
+    constraints: dict[str, np.ndarray],
+    digest: str,
+    arguments: dict[str, Any],
+) -> None:
+    num_parts = arguments["num_parts"]
+    cut = plan_cut(graph, assignment, num_parts)
+    shares, counts = [], []
+    for part_id in range(num_parts):
+        tensors, count = cut_share(graph, cut, part_id)
+        shares.append(_write_tensors(scratch / share_file(part_id), tensors, digest))
+        counts.append(count)
+    meta = graph.meta()
+    meta_tensors = {k: v.contiguous() for k, v in meta.items() if isinstance(v, Tensor)}
+    widths = {t: graph.node(t)["x"].shape[1:].numel() for t in graph.node_types if "x" in graph.node(t)}
+    owned = {t: torch.tensor([c.owned[t] for c in counts]) for t in graph.node_types}
+    edges = {e: torch.tensor([c.edges[e] for c in counts]) for e in graph.edge_types}
+    options = {k: v for k, v in arguments["options"].items() if k != "assignment"}
+    manifest = Manifest(
+        run_id=digest,
+        num_parts=num_parts,
+        algorithm=arguments["algorithm"],
+        arguments={"node_weight": arguments["node_weight"], "edge_weight": arguments["edge_weight"], "options": options},
+        node_offsets={t: [0, *n.cumsum(0).tolist()] for t, n in owned.items()},
+        edge_types=[(e, [0, *n.cumsum(0).tolist()]) for e, n in edges.items()],
+        shares=shares,
+        meta={k: v for k, v in meta.items() if k not in meta_tensors},
+        meta_file=_write_tensors(scratch / META, meta_tensors, digest) if meta_tensors else None,
+        report=quality_report(counts, constraints, widths),
+    )
+    path = scratch / MANIFEST
+    path.write_text(manifest.to_json())
+    _sync(path)
+    _sync(scratch)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], digest: str) -> FileRecord:
+    # One metadata key at most: safetensors orders several at random, and the same input must give the same bytes.
+    save_file(tensors, path, metadata={"run_id": digest})
+    _sync(path)
+    return FileRecord(path.name, path.stat().st_size, file_digest(path), describe(tensors))
+
+
+def _publish(scratch: Path, folder: Path, digest: str, overwrite: bool) -> None:
+    """Makes the partition visible in one rename; what stood there goes only once it is replaced."""
+    old = None
+    if folder.exists() and overwrite:
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.parent))
+        os.rename(folder, old / "partition")
+    try:
+        os.rename(scratch, folder)
+    except OSError:
+        if old is not None:
+            os.rename(old / "partition", folder)
+        elif not (folder.exists() and _stands(folder, digest, overwrite=False)):
+            raise
+    _sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
