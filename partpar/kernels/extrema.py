@@ -1,0 +1,136 @@
+r"""The largest and the smallest row entry over in-edges. A gradient is split evenly over all tied entries."""
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from partpar.kernels.adjacency import Adjacency
+from partpar.kernels.linear import accumulating
+from partpar.kernels.prefetch import prefetch
+from partpar.kernels.rows import AHEAD, LINE_BYTES
+from partpar.kernels.threads import for_rows
+
+
+@njit(nogil=True, cache=True)
+def _extreme_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, largest: bool,
+                  out: np.ndarray) -> None:
+    r"""``out[i]``: the extreme of ``x[indices[e]]`` per column; NaN if any is; zero in rows without edges."""
+    width = x.shape[1]
+    flat = x.reshape(-1)
+    last = indices.shape[0] - 1
+    for i in range(lo, hi):
+        into = out[i]
+        start, end = indptr[i], indptr[i + 1]
+        if start == end:
+            into[:] = 0
+            continue
+        into[:] = x[indices[start]]
+        for e in range(start + 1, end):
+            at = np.int64(indices[min(e + AHEAD, last)]) * width
+            for c in range(0, width, LINE_BYTES // x.itemsize):
+                prefetch(flat, at + c)
+            row = x[indices[e]]
+            if largest:
+                for c in range(width):
+                    into[c] = row[c] if row[c] > into[c] or row[c] != row[c] else into[c]
+            else:
+                for c in range(width):
+                    into[c] = row[c] if row[c] < into[c] or row[c] != row[c] else into[c]
+
+
+@njit(nogil=True, cache=True)
+def _share_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, out: np.ndarray,
+                g: np.ndarray, shared: np.ndarray) -> None:
+    r"""``shared[i] = g[i] / number of edges whose row reaches out[i]``, per column."""
+    width = x.shape[1]
+    flat = x.reshape(-1)
+    last = indices.shape[0] - 1
+    zero, one = x.dtype.type(0), x.dtype.type(1)  # a plain 0 would widen the loop to float64
+    for i in range(lo, hi):
+        count, best, grad = shared[i], out[i], g[i]
+        count[:] = 0
+        for e in range(indptr[i], indptr[i + 1]):
+            at = np.int64(indices[min(e + AHEAD, last)]) * width
+            for c in range(0, width, LINE_BYTES // x.itemsize):
+                prefetch(flat, at + c)
+            row = x[indices[e]]
+            for c in range(width):
+                count[c] += one if row[c] == best[c] else zero
+        for c in range(width):
+            count[c] = grad[c] / max(count[c], one)
+
+
+@njit(nogil=True, cache=True)
+def _give_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, best: np.ndarray, shared: np.ndarray,
+               x: np.ndarray, out: np.ndarray) -> None:
+    r"""``out[j] = sum of shared[i]`` over the out-edges of ``j``, in the columns where ``x[j]`` is the best of ``i``."""
+    width = x.shape[1]
+    flat_best, flat_shared = best.reshape(-1), shared.reshape(-1)
+    last = indices.shape[0] - 1
+    zero = x.dtype.type(0)
+    for j in range(lo, hi):
+        into, own = out[j], x[j]
+        into[:] = 0
+        for e in range(indptr[j], indptr[j + 1]):
+            at = np.int64(indices[min(e + AHEAD, last)]) * width
+            for c in range(0, width, LINE_BYTES // x.itemsize):
+                prefetch(flat_best, at + c)
+                prefetch(flat_shared, at + c)
+            other, part = best[indices[e]], shared[indices[e]]
+            for c in range(width):
+                into[c] += part[c] if own[c] == other[c] else zero
+
+
+def extreme(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
+    r"""The extreme over in-edges per column.
+
+    Args:
+        adj (Adjacency): The edges.
+        x (Tensor): ``[num_src, C]``, contiguous.
+        largest (bool): The largest, else the smallest.
+
+    Returns:
+        Tensor ``[num_dst, C]``; zero for destinations without in-edges.
+    """
+    if x.device.type != "cpu":
+        return extreme_by_scatter(adj, x, largest)
+    out: Tensor = _Extreme.apply(adj, x, largest)
+    return out
+
+
+def extreme_by_scatter(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
+    r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, C]``."""
+    index = adj.destinations.to(torch.int64).view(-1, 1).expand(-1, x.size(1))
+    out = x.new_zeros(adj.num_dst, x.size(1))
+    return out.scatter_reduce(0, index, x.index_select(0, adj.indices), "amax" if largest else "amin",
+                              include_self=False)
+
+
+class _Extreme(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
+        wide = accumulating(x)
+        out = torch.empty(adj.num_dst, x.size(1), dtype=wide.dtype)
+        indptr = adj.indptr.numpy()
+        for_rows(_extreme_rows, indptr, x.size(1), (indptr, adj.indices.numpy(), wide.numpy(), largest, out.numpy()))
+        out = out.to(x.dtype)
+        ctx.adj = adj
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        adj: Adjacency = ctx.adj
+        x, out = (accumulating(saved) for saved in ctx.saved_tensors)
+        grad_x, shared = torch.empty_like(x), torch.empty_like(out)
+        indptr, there = adj.indptr.numpy(), adj.transposed
+        for_rows(_share_rows, indptr, x.size(1),
+                 (indptr, adj.indices.numpy(), x.numpy(), out.numpy(), accumulating(grad).numpy(), shared.numpy()))
+        indptr = there.indptr.numpy()
+        for_rows(_give_rows, indptr, 2 * x.size(1),
+                 (indptr, there.indices.numpy(), out.numpy(), shared.numpy(), x.numpy(), grad_x.numpy()))
+        return None, grad_x.to(grad.dtype), None

@@ -1,0 +1,176 @@
+r"""Sums over in-edges as functions that autograd knows: linear in rows, and bilinear in rows and edge weights.
+
+Each derivative is one of the same two functions, on the adjacency or its transpose, so that derivatives of any order
+exist. No tensor of the size ``[E, C]`` is made.
+"""
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partpar.kernels.adjacency import Adjacency
+from partpar.kernels.rows import add_rows, add_weighted_rows, dot_rows
+from partpar.kernels.threads import for_rows
+
+# `embedding_bag` sums these row types in float32 with a kernel made for the processor at hand; on float64 it is slow.
+BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weighted_sum(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
+    r"""``out[i] = sum of weight[e] * x[src(e)]`` over the edges ``e`` into ``i``.
+
+    Args:
+        adj (Adjacency): The edges.
+        x (Tensor): ``[num_src, H, C]``, contiguous.
+        weight (Tensor, optional): ``[E, H]`` or ``[E, 1]``, contiguous, in the dtype of :obj:`x`.
+
+    Returns:
+        Tensor ``[num_dst, H, C]``.
+    """
+    out: Tensor = _WeightedSum.apply(adj, x, weight)
+    return out
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.adj = adj
+        # Rows are needed only to differentiate the weights, which most often are constant.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        return sum_into(adj, x, weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return None, *_gradients(ctx, grad, x, weight)
+
+
+class _AddWeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor) -> Tensor:
+        ctx.adj = adj
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        ctx.mark_dirty(base)
+        return sum_into(adj, x, weight, base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        return None, *_gradients(ctx, grad, x, weight), grad
+
+
+def _gradients(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = grad_weight = None
+    grad = grad.contiguous()
+    if ctx.needs_input_grad[1]:
+        there = None if weight is None else ctx.adj.to_transpose(weight)
+        grad_x = weighted_sum(ctx.adj.transposed, grad, there)
+    if ctx.needs_input_grad[2]:
+        assert weight is not None and x is not None
+        grad_weight = edge_dot(ctx.adj, grad, x)
+        if weight.size(1) != grad_weight.size(1):  # one weight for all heads
+            grad_weight = grad_weight.sum(1, keepdim=True)
+    return grad_x, grad_weight
+
+
+def add_weighted_sum(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor) -> Tensor:
+    r"""``base += weighted_sum(adj, x, weight)`` in place, touching only rows that have edges; differentiable."""
+    out: Tensor = _AddWeightedSum.apply(adj, x, weight, base)
+    return out
+
+
+def edge_dot(adj: Adjacency, g: Tensor, x: Tensor) -> Tensor:
+    r"""``out[e, h] = <g[dst(e), h], x[src(e), h]>``: ``[E, H]`` from ``[num_dst, H, C]`` and ``[num_src, H, C]``."""
+    out: Tensor = _EdgeDot.apply(adj, g, x)
+    return out
+
+
+class _EdgeDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, g: Tensor, x: Tensor) -> Tensor:
+        ctx.adj = adj
+        ctx.save_for_backward(g, x)
+        heads, width = x.shape[1:]
+        if g.device.type != "cpu":
+            rows = adj.destinations
+            return (g.index_select(0, rows) * x.index_select(0, adj.indices)).sum(-1)
+        if min(heads, width) == 0:
+            return x.new_zeros(adj.num_edges, heads)
+        wide, narrow = accumulating(x), x.dtype
+        out = torch.empty(adj.num_edges, heads, dtype=wide.dtype)
+        for_rows(dot_rows, adj.indptr.numpy(), heads * width,
+                 (adj.indptr.numpy(), adj.indices.numpy(), accumulating(g).numpy(), wide.numpy(), out.numpy()))
+        return out.to(narrow)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        g, x = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_g = weighted_sum(ctx.adj, x, grad) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[2]:
+            grad_x = weighted_sum(ctx.adj.transposed, g, ctx.adj.to_transpose(grad))
+        return None, grad_g, grad_x
+
+
+def accumulating(x: Tensor) -> Tensor:
+    r"""Detached, contiguous, and in a dtype that sums are taken in: float32 for 16-bit rows, else its own."""
+    x = x.detach().contiguous()
+    return x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def sum_into(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor | None) -> Tensor:
+    r"""The value of :func:`weighted_sum`, added in place to :obj:`base` if one is given."""
+    heads, width = x.shape[1:]
+    if base is None and (adj.num_edges == 0 or heads * width == 0):
+        return x.new_zeros(adj.num_dst, heads, width)
+    if adj.num_edges == 0 or heads * width == 0:
+        return base
+    if x.device.type != "cpu":
+        out = _sum_on_device(adj, x, weight)
+        return out if base is None else base.add_(out)
+    if base is None and x.dtype in BAG_DTYPES and (weight is None or weight.size(1) == 1):
+        return _sum_in_bags(adj, x, weight)
+
+    wide = accumulating(x)
+    out = base if base is not None and base.dtype == wide.dtype and base.is_contiguous() else None
+    if out is None:
+        out = torch.zeros(adj.num_dst, heads, width, dtype=wide.dtype) if base is None else accumulating(base).clone()
+    indptr, indices = adj.indptr.numpy(), adj.indices.numpy()
+    if weight is None:
+        for_rows(add_rows, indptr, heads * width,
+                 (indptr, indices, wide.view(-1, heads * width).numpy(), out.detach().view(-1, heads * width).numpy()))
+    else:
+        if weight.size(1) == 1:  # one head of all columns
+            wide, into = wide.view(-1, 1, heads * width), out.detach().view(-1, 1, heads * width)
+        else:
+            into = out.detach()
+        for_rows(add_weighted_rows, indptr, heads * width,
+                 (indptr, indices, accumulating(weight).numpy(), wide.numpy(), into.numpy()))
+    if base is None:
+        return out.to(x.dtype)
+    return base if out is base else base.copy_(out)
+
+
+def _sum_in_bags(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
+    heads, width = x.shape[1:]
+    indices = adj.indices.to(adj.offsets.dtype)  # both in 32 bits, unless there are 2**31 edges
+    out = torch._embedding_bag_forward_only(x.detach().reshape(-1, heads * width), indices, adj.offsets, False, 0, False,
+                                            None if weight is None else weight.detach().reshape(-1), True)[0]
+    return out.view(-1, heads, width)
+
+
+def _sum_on_device(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
+    r"""By the sparse product of torch where all columns share a weight, else head by head."""
+    heads, width = x.shape[1:]
+    if weight is not None and weight.size(1) > 1:
+        return torch.stack([_sum_on_device(adj, x[:, h:h + 1].contiguous(), weight[:, h:h + 1]) for h in range(heads)],
+                           1).view(-1, heads, width)
+    wide = x.detach().reshape(-1, heads * width)
+    wide = wide.to(torch.float32) if wide.dtype in (torch.bfloat16, torch.float16) else wide
+    matrix = adj.torch_csr(wide.dtype)
+    if weight is not None:
+        matrix = torch.sparse_csr_tensor(matrix.crow_indices(), matrix.col_indices(),
+                                         weight.detach().reshape(-1).to(wide.dtype), size=matrix.shape,
+                                         check_invariants=False)
+    return (matrix @ wide).view(-1, heads, width).to(x.dtype)
