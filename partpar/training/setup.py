@@ -1,0 +1,304 @@
+r"""Sets one worker up: its process group, its device, its threads and its memory allocator.
+
+:func:`init` reads the environment that ``torchrun`` gives a worker; without it the process works alone, with
+no process group at all.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from partpar.errors import PartparError
+from partpar.training.machine import threads_per_worker, tune_allocator
+
+LOOPBACK = "127.0.0.1"
+NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
+
+
+class SetupError(PartparError, ValueError):
+    r"""The environment or the arguments do not describe a worker that could be set up."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    r"""What the environment says about this worker.
+
+    Args:
+        rank: Number of this worker, from 0.
+        local_rank: Number of this worker on its machine, from 0.
+        world_size: Number of workers.
+        local_world_size: Number of workers on this machine.
+        master_addr: Host of the worker, or of the launcher, that all meet at.
+        master_port: TCP port there.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    master_addr: str = LOOPBACK
+    master_port: int | None = None
+
+    @property
+    def launched(self) -> bool:
+        r"""Whether a launcher started this process: even one worker has a process group then."""
+        return self.master_port is not None
+
+    @property
+    def one_machine(self) -> bool:
+        r"""Whether all workers are on this machine."""
+        return self.local_world_size == self.world_size
+
+
+@dataclass(frozen=True)
+class Context:
+    r"""A worker that was set up, to be closed at its end; a context manager.
+
+    Args:
+        rank: Number of this worker, from 0.
+        local_rank: Number of this worker on its machine, from 0.
+        world_size: Number of workers.
+        device: Where this worker keeps its tensors.
+        group: The process group of all workers, or :obj:`None` for a process alone.
+        backend: ``"gloo"`` or ``"nccl"``, or :obj:`None` for a process alone.
+        owns_group: Whether :meth:`close` ends the process group: not if it stood before :func:`init`.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = field(repr=False)
+    backend: str | None
+    owns_group: bool = field(default=False, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        r"""Whether this worker is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        r"""Ends the process group, if :func:`init` began it. May be called again."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _number(env: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        value = int(text or "")
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise SetupError(
+            f"{name} must be an integer from {low} to {high}, but the environment says {text!r}; "
+            "start the workers with torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    return value
+
+
+def read_environment(env: Mapping[str, str] | None = None) -> Launch:
+    r"""Reads what a launcher set: ``RANK``, ``WORLD_SIZE``, ``MASTER_PORT`` and, if there, ``LOCAL_RANK``,
+    ``LOCAL_WORLD_SIZE``
+    and ``MASTER_ADDR`` (loopback if not).
+
+    Args:
+        env: The variables; :obj:`os.environ` by default.
+
+    Returns:
+        A :class:`Launch`; that of a process alone if neither ``RANK`` nor ``WORLD_SIZE`` is set.
+
+    Raises:
+        SetupError: If the environment is half set, or a number in it is none or out of range.
+    """
+    env = os.environ if env is None else env
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return Launch()
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name not in env]
+    if missing:
+        there = [f"{name}={env[name]}" for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name in env]
+        raise SetupError(
+            f"the environment is half set: {', '.join(there)} without {', '.join(missing)}; "
+            "start the workers with torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    world_size = _number(env, "WORLD_SIZE", 1, 1 << 20)
+    rank = _number(env, "RANK", 0, world_size - 1)
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
+    local_rank = _number(env, "LOCAL_RANK", 0, local_world_size - 1, default=rank % local_world_size)
+    port = _number(env, "MASTER_PORT", 1, 65535)
+    return Launch(rank, local_rank, world_size, local_world_size, env.get("MASTER_ADDR") or LOOPBACK, port)
+
+
+def choose_device(device: str | torch.device | None, launch: Launch) -> torch.device:
+    r"""Returns the device of this worker: ``"cpu"`` by default, and of ``"cuda"`` the GPU ``local_rank``
+    modulo their number.
+
+    Raises:
+        SetupError: If CUDA is asked for but absent, or its index is not there.
+    """
+    chosen = torch.device("cpu" if device is None else device)
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise SetupError(f"device must be 'cpu' or 'cuda', but found {str(chosen)!r}")
+    if not torch.cuda.is_available():
+        built = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+        raise SetupError(
+            f"device {str(chosen)!r} was asked for, but {built}; "
+            "pass device='cpu' or install a CUDA build of torch"
+        )
+    count = torch.cuda.device_count()
+    index = launch.local_rank % count if chosen.index is None else chosen.index
+    if index >= count:
+        raise SetupError(f"device 'cuda:{index}' was asked for, but this machine has {count} GPU(s)")
+    return torch.device("cuda", index)
+
+
+def choose_backend(
+    backend: str | None, device: torch.device, launch: Launch, asked: torch.device | None = None
+) -> str:
+    r"""Returns the backend for a device: gloo for CPUs, NCCL for GPUs, but gloo when workers share a GPU,
+    which NCCL refuses.
+
+    Args:
+        backend: The user's choice, or :obj:`None`.
+        device: This worker's device.
+        launch: What the environment says.
+        asked: The device as the user named it; with an index, all local workers share it.
+    """
+    if backend is not None:
+        if backend not in ("gloo", "nccl"):
+            raise SetupError(f"backend must be 'gloo' or 'nccl', but found {backend!r}")
+        if backend == "nccl" and device.type != "cuda":
+            raise SetupError(
+                "backend 'nccl' needs device 'cuda', but the device is 'cpu'; "
+                "pass backend='gloo' or device='cuda'"
+            )
+        return backend
+    if device.type == "cpu":
+        return "gloo"
+    pinned = asked is not None and asked.index is not None
+    shared = launch.local_world_size > (1 if pinned else torch.cuda.device_count())
+    return "gloo" if shared or not dist.is_nccl_available() else "nccl"
+
+
+def _keep_to_this_machine(launch: Launch, allow_network: bool) -> None:
+    r"""Binds gloo to loopback for workers of one machine; refuses a network nobody allowed: its traffic is
+    neither
+    authenticated nor encrypted."""
+    if launch.one_machine:
+        if "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "lo" for _, name in socket.if_nameindex()):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        return
+    if not (allow_network or os.environ.get(NETWORK_FLAG) == "1"):
+        raise SetupError(
+            f"{launch.world_size} workers, {launch.local_world_size} of them on this machine, "
+            "would talk over the network, "
+            "without authentication or encryption; if the network between them is trusted or tunnelled, pass "
+            f"allow_network=True or set {NETWORK_FLAG}=1"
+        )
+
+
+def init(
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    timeout: float = 60.0,
+    threads: int | None = None,
+    allocator: bool = True,
+    quiet: bool = False,
+    allow_network: bool = False,
+) -> Context:
+    r"""Sets this process up as a worker, from the environment of ``torchrun``, or alone.
+
+    A process group that stands already is used, and left to its owner to end.
+
+    Args:
+        device: ``"cpu"`` (default) or ``"cuda"``, which takes the GPU of the local rank.
+        backend: ``"gloo"`` or ``"nccl"``; by default NCCL for GPUs that no two workers share, else gloo.
+        timeout: Seconds after which a collective that some worker does not reach raises.
+        threads: Threads of this worker; by default this machine's cores divided by its workers, at least one.
+        allocator: Whether glibc shall keep large blocks instead of giving each back to the system and
+            faulting its pages in
+            again: faster epochs, but freed memory stays with the process. Of no effect with another C
+                library.
+        quiet: Whether rank 0 keeps from saying on standard error what was chosen.
+        allow_network: Whether workers may be on several machines. Traffic between them is neither
+            authenticated nor
+            encrypted, so the network must be trusted or tunnelled. The environment's
+            ``PARTPAR_ALLOW_NETWORK=1`` says the same.
+
+    Returns:
+        The :class:`Context`, to be used with ``with`` or closed.
+
+    Raises:
+        SetupError: If the environment is half set or the arguments ask for what is not there. Raised before
+            any worker is
+            waited for.
+    """
+    if timeout <= 0:
+        raise SetupError(f"timeout must be more than 0 seconds, but found {timeout}")
+    if threads is not None and threads < 1:
+        raise SetupError(f"threads must be at least 1, but found {threads}")
+    launch = read_environment()
+    place = choose_device(device, launch)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    # partpar's own kernels ask torch for their number of threads.
+    torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
+    tuned = allocator and tune_allocator()
+
+    if dist.is_initialized():
+        context = Context(
+            dist.get_rank(),
+            launch.local_rank,
+            dist.get_world_size(),
+            place,
+            dist.group.WORLD,
+            dist.get_backend(),
+        )
+    elif launch.launched:
+        name = choose_backend(backend, place, launch, None if device is None else torch.device(device))
+        _keep_to_this_machine(launch, allow_network)
+        os.environ.setdefault("MASTER_ADDR", launch.master_addr)
+        # Naming the device lets NCCL connect at once, so that a worker that cannot fails here and not in its
+        # first exchange.
+        dist.init_process_group(
+            name,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=place if name == "nccl" else None,
+        )
+        context = Context(
+            launch.rank, launch.local_rank, launch.world_size, place, dist.group.WORLD, name, owns_group=True
+        )
+    else:
+        context = Context(0, 0, 1, place, None, None)
+    if context.is_first and not quiet:
+        choices = [
+            f"{context.world_size} worker(s) on {place.type}",
+            context.backend or "no process group",
+            f"{torch.get_num_threads()} thread(s) each",
+            f"allocator {'keeps freed blocks' if tuned else 'as the system sets it'}",
+        ]
+        print("partpar:", ", ".join(choices), file=sys.stderr)
+    return context

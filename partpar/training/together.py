@@ -1,0 +1,106 @@
+r"""Small things that all workers do together: rank 0 works first, numbers of all ranks, rows of all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from partpar import exchange
+from partpar.errors import PartparError
+
+
+class FirstRankError(PartparError, RuntimeError):
+    r"""What rank 0 did for all ranks failed there; the message names its error."""
+
+
+def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None, timeout: float = 3600.0) -> Any:
+    r"""Runs :obj:`work` on rank 0 alone while the others wait, and returns its value on every rank
+    (collective).
+
+    Args:
+        work: What to do, such as cutting a graph. Returns something that JSON can carry.
+        group: The process group; :obj:`None` means the default one.
+        timeout: Seconds that the others wait: more than those of ordinary collectives, which would give up on
+            a long cut.
+
+    Raises:
+        FirstRankError: On every other rank, if rank 0 raised; rank 0 raises its own error.
+    """
+    own = exchange.own_group(group)
+    if own is None:
+        return work()
+    patient = dist.new_group(
+        dist.get_process_group_ranks(own),
+        timeout=timedelta(seconds=timeout),
+        backend="gloo",
+        use_local_synchronization=True,
+    )
+    try:
+        if dist.get_rank(own) > 0:
+            told = _broadcast_text(None, patient)
+            if "error" in told:
+                raise FirstRankError(f"rank 0 failed with {told['error']}")
+            return told["value"]
+        try:
+            value = work()
+        except BaseException as error:
+            _broadcast_text({"error": f"{type(error).__name__}: {error}"}, patient)
+            raise
+        _broadcast_text({"value": value}, patient)
+        return value
+    finally:
+        dist.destroy_process_group(patient)
+
+
+def _broadcast_text(message: dict[str, Any] | None, group: ProcessGroup) -> dict[str, Any]:
+    r"""Sends JSON from the group's rank 0: objects would travel as pickles."""
+    payload = b"" if message is None else json.dumps(message).encode()
+    size = torch.tensor([len(payload)])
+    dist.broadcast(size, group_src=0, group=group)
+    text = (
+        torch.empty(int(size), dtype=torch.uint8)
+        if message is None
+        else torch.tensor(list(payload), dtype=torch.uint8)
+    )
+    dist.broadcast(text, group_src=0, group=group)
+    told: dict[str, Any] = json.loads(bytes(text.tolist()))
+    return told
+
+
+def all_numbers(numbers: Sequence[float], group: ProcessGroup | None = None) -> Tensor:
+    r"""Returns some numbers of every rank (collective).
+
+    Args:
+        numbers: As many on every rank.
+        group: The process group; :obj:`None` means the default one.
+
+    Returns:
+        float64 ``[world_size, len(numbers)]``, the same on every rank.
+    """
+    own = exchange.own_group(group)
+    rank, size = exchange.rank_and_size(own)
+    table = torch.zeros(size, len(numbers), dtype=torch.float64)
+    table[rank] = torch.tensor(list(numbers), dtype=torch.float64)
+    return exchange.all_reduce_sum(table, own)
+
+
+def all_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    r"""Returns the rows of every rank, in rank order, on every rank (collective).
+
+    Args:
+        rows: ``[num_rows, *]``; their number may differ between ranks and be zero.
+        group: The process group; :obj:`None` means the default one.
+    """
+    own = exchange.own_group(group)
+    if own is None:
+        return rows
+    size = exchange.rank_and_size(own)[1]
+    copies = rows.repeat(size, *[1] * (rows.dim() - 1))
+    return exchange.swap_rows(copies, [rows.size(0)] * size, own)[0]
