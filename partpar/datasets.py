@@ -12,9 +12,9 @@ from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 
 from partpar.errors import GraphError
+from partpar.graph.arrays import to_pyg
 
 PLANETOID = ("Cora", "CiteSeer", "PubMed")
-_CSR_PIECES = ("indptr", "indices", "data", "shape")
 
 
 def planted(
@@ -144,16 +144,11 @@ def karate(seed: int = 0) -> Data:
 def from_npz(path: str | Path, split: int = 0) -> Data | HeteroData:
     r"""Reads a graph from one ``.npz`` file of plain numpy arrays.
 
-    Node attributes, edge attributes and anything else keep their names. A graph of several types has names
-    such as
-    ``y__author`` and ``edge_index__author__writes__paper``. Known besides:
-
-    * ``num_nodes``, a scalar that counts isolated nodes too;
-    * ``x_indptr``, ``x_indices``, ``x_data`` and ``x_shape``, the pieces of a CSR matrix, become a dense
-    ``x``;
-    * ``src`` and ``dst`` become ``edge_index``, so that ``t``, ``msg`` and the like are edge attributes;
-    * masks ``[num_nodes, num_splits]`` become those of one split;
-    * arrays of text become lists.
+    Names are those of :mod:`partpar.graph.arrays`; besides, ``src`` and ``dst`` become ``edge_index`` (so
+    that ``t``,
+    ``msg`` and the like are edge attributes), masks ``[num_nodes, num_splits]`` those of one split, and
+    arrays of text
+    lists.
 
     Args:
         path: The file.
@@ -175,67 +170,22 @@ def from_npz(path: str | Path, split: int = 0) -> Data | HeteroData:
         raise GraphError(
             f"{path}: expected an .npz archive of plain arrays, found something else: {error}"
         ) from error
-
-    typed: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():
-        attribute, *types = name.split("__")
-        # The pieces of x of type author are named x__author_indptr and so on.
-        for piece in _CSR_PIECES:
-            if types and types[-1].endswith(f"_{piece}"):
-                types[-1], attribute = types[-1].removesuffix(f"_{piece}"), f"{attribute}_{piece}"
-        typed.setdefault(tuple(types), {})[attribute] = array
-    read = {types: _attributes(path, held, split) for types, held in typed.items()}
-    if not any("edge_index" in held for held in read.values()):
-        raise GraphError(
-            f"{path}: expected an array edge_index [2, E], or src and dst, found only {sorted(arrays)}"
-        )
-    if () in read:
-        return Data(**read[()])
-    data = HeteroData()
-    for types, held in read.items():
-        for name, value in held.items():
-            data[types if len(types) > 1 else types[0]][name] = value
-    return data
-
-
-def _dense(
-    path: Path, name: str, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, shape: np.ndarray
-) -> np.ndarray:
-    rows, columns = (int(size) for size in shape)
-    whole = len(indptr) == rows + 1 and indptr[0] == 0 and indptr[-1] == len(indices) == len(data)
-    if not whole or (np.diff(indptr) < 0).any() or (indices < 0).any() or (indices >= columns).any():
-        raise GraphError(
-            f"{path}: {name} is no CSR matrix of {rows} x {columns}: its pieces do not fit each other"
-        )
-    dense = np.zeros((rows, columns), data.dtype)
-    dense[np.repeat(np.arange(rows), np.diff(indptr)), indices] = data
-    return dense
-
-
-def _attributes(path: Path, arrays: dict[str, np.ndarray], split: int) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    arrays = dict(arrays)
-    for name in [name.removesuffix("_indptr") for name in arrays if name.endswith("_indptr")]:
-        pieces = [arrays.pop(f"{name}_{piece}", None) for piece in _CSR_PIECES]
-        if any(piece is None for piece in pieces):
-            raise GraphError(
-                f"{path}: expected {name}_{{indptr,indices,data,shape}} for a CSR matrix, found not all"
-            )
-        values[name] = torch.from_numpy(_dense(path, name, *(piece for piece in pieces if piece is not None)))
     if "src" in arrays and "dst" in arrays:
-        values["edge_index"] = torch.from_numpy(np.stack([arrays.pop("src"), arrays.pop("dst")]))
+        arrays["edge_index"] = np.stack([arrays.pop("src"), arrays.pop("dst")])
     for name, array in arrays.items():
-        if name.endswith("_mask") and array.ndim == 2:
+        if name.split("__")[0].endswith("_mask") and array.ndim == 2:
             if not 0 <= split < array.shape[1]:
                 raise GraphError(
                     f"{path}: expected a split from 0 to {array.shape[1] - 1} of {name}, found {split}"
                 )
-            array = array[:, split].copy()
-        if array.ndim == 0:
-            values[name] = array.item()
-        else:
-            values[name] = array.tolist() if array.dtype.kind in "US" else torch.from_numpy(array)
-    return values
+            arrays[name] = array[:, split].copy()
+    text = {name: arrays.pop(name) for name in list(arrays) if arrays[name].dtype.kind in "US"}
+    data = to_pyg(arrays, str(path))
+    for name, array in text.items():
+        attribute, *kind = name.split("__")
+        store = data if not kind else data[kind[0] if len(kind) == 1 else tuple(kind)]
+        store[attribute] = array.tolist()
+    return data
 
 
 def _planetoid(name: str, folder: Path) -> Data:

@@ -144,14 +144,12 @@ def test_npz_errors_name_the_file_and_what_is_wrong(tmp_path: Path) -> None:
     csr = {"x_indptr": np.array([0, 1]), "x_data": np.ones(1), "x_shape": np.array([1, 2])}
     with pytest.raises(GraphError, match=r"none\.npz: expected an \.npz file"):
         datasets.from_npz(tmp_path / "none.npz")
-    with pytest.raises(GraphError, match=r"bad\.npz: expected an array edge_index"):
+    with pytest.raises(GraphError, match=r"bad\.npz: expected an array named edge_index"):
         datasets.from_npz(save(x=np.ones(3)))
     with pytest.raises(GraphError, match="expected a split from 0 to 2 of train_mask, found 3"):
         datasets.from_npz(save(edge_index=edges, train_mask=np.zeros((1, 3), bool)), split=3)
-    with pytest.raises(GraphError, match="found only some of them"):
-        datasets.from_npz(save(edge_index=edges, **csr))
     for column in (-1, 2):
-        with pytest.raises(GraphError, match="no CSR matrix of 1 x 2"):
+        with pytest.raises(GraphError, match="pieces of a 1 x 2 CSR matrix"):
             datasets.from_npz(save(edge_index=edges, **csr, x_indices=np.array([column])))
     with pytest.raises(GraphError, match="plain arrays"):
         datasets.from_npz(save(edge_index=edges, y=np.array([object()], dtype=object)))

@@ -46,7 +46,7 @@ def open_folder(folder: str | Path) -> GraphData:
 
 def to_pyg(arrays: Mapping[str, np.ndarray], what: str = "arrays") -> Data | HeteroData:
     r"""Makes a PyG graph of named arrays without copying them (sparse matrices apart)."""
-    arrays = _densify(arrays)
+    arrays = _densify(arrays, what)
     typed = [name for name in arrays if name.startswith("edge_index__")]
     if not typed:
         if "edge_index" not in arrays:
@@ -65,16 +65,25 @@ def to_pyg(arrays: Mapping[str, np.ndarray], what: str = "arrays") -> Data | Het
     return hetero
 
 
-def _densify(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _densify(arrays: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
     out = dict(arrays)
     for name in [n for n in arrays if n.endswith("_indptr")]:
         stem = name.removesuffix("_indptr")
         if all(stem + part in out for part in _CSR):
-            indptr, indices, values, shape = (out.pop(stem + part) for part in _CSR)
-            dense = np.zeros(tuple(int(n) for n in shape), dtype=values.dtype)
-            dense[np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), indices] = values
-            out[stem] = dense
+            out[stem] = _dense(f"{what}: {stem}", *(out.pop(stem + part) for part in _CSR))
     return out
+
+
+def _dense(
+    what: str, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: np.ndarray
+) -> np.ndarray:
+    rows, columns = (int(size) for size in shape)
+    fits = len(indptr) == rows + 1 and indptr[0] == 0 and indptr[-1] == len(indices) == len(values)
+    if not fits or (np.diff(indptr) < 0).any() or (indices < 0).any() or (indices >= columns).any():
+        raise GraphError(f"{what}: expected the pieces of a {rows} x {columns} CSR matrix, found ones that do not fit")
+    dense = np.zeros((rows, columns), dtype=values.dtype)
+    dense[np.repeat(np.arange(rows), np.diff(indptr)), indices] = values
+    return dense
 
 
 def _tensor(what: str, array: np.ndarray) -> Tensor:
