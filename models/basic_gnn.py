@@ -1,0 +1,106 @@
+r"""What the models have in common: PyG's model zoo, one worker's rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.nn.models.basic_gnn import BasicGNN as PyGBasicGNN
+
+from partpar.nn import rows
+from partpar.nn.dropout import Dropout
+from partpar.nn.norm import with_global_statistics
+from partpar.route import Route
+
+
+class BasicGNN(PyGBasicGNN):
+    r"""Layers of one kind with activations, norms, dropout and jumping knowledge between them.
+
+    Arguments and parameters are those of PyG's models, and so are the keys of the ``state_dict``: weights move both
+    ways with ``load_state_dict``. Only with dropout there are step counters more, which PyG's models know nothing of.
+
+    Args:
+        in_channels (int): Size of each input row.
+        hidden_channels (int): Size of each hidden row.
+        num_layers (int): Number of message passing layers.
+        out_channels (int, optional): Size of each output row; :obj:`None` means :obj:`hidden_channels`.
+        dropout (float, optional): Dropout probability; draws are by raw id, see :class:`~partpar.nn.Dropout`.
+            (default: :obj:`0.`)
+        act (str or Callable, optional): The activation. (default: :obj:`"relu"`)
+        act_first (bool, optional): Whether activation comes before the norm. (default: :obj:`False`)
+        act_kwargs (dict, optional): Arguments of the activation.
+        norm (str or Callable, optional): The norm, by PyG's name; ``"batch_norm"`` is
+            :class:`~partpar.nn.SyncBatchNorm`. (default: :obj:`None`)
+        norm_kwargs (dict, optional): Arguments of the norm.
+        jk (str, optional): Jumping knowledge: ``"last"``, ``"cat"``, ``"max"`` or ``"lstm"``, then a linear layer.
+        seed (int, optional): The seed of dropout. (default: :obj:`0`)
+        **kwargs (optional): Arguments of the layers.
+
+    Raises:
+        ValueError: The norm has statistics over all rows and no partition-parallel counterpart.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_channels: int, num_layers: int, out_channels: int | None = None, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> None:
+        self._seed = seed
+        super().__init__(in_channels, hidden_channels, num_layers, out_channels, *args, **kwargs)
+        self.norms = torch.nn.ModuleList(with_global_statistics(norm, type(self).__name__) for norm in self.norms)
+        # Even numbers for rows; attention, where there is any, takes the odd ones.
+        self.dropouts = torch.nn.ModuleList(Dropout(self.dropout.p, seed, 2 * i) for i in range(num_layers))
+        del self.dropout
+
+    def reset_parameters(self) -> None:
+        r"""Resets all learnable parameters, and the step counters of dropout."""
+        super().reset_parameters()
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.reset_parameters()
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        route: Route | None = None,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+    ) -> Tensor:
+        r"""Runs the model on owned rows (collective).
+
+        Args:
+            x (torch.Tensor): ``[num_owned, in_channels]``, the rows of the owned nodes.
+            edge_index (torch.Tensor): ``[2, E]``, the share's edges.
+            route (Route, optional): The share's route; :obj:`None` when one process owns everything.
+            edge_weight (torch.Tensor, optional): ``[E]``, where layers support it.
+            edge_attr (torch.Tensor, optional): ``[E, D]``, where layers support it.
+
+        Returns:
+            ``[num_owned, out_channels]``.
+        """
+        per_edge: dict[str, Tensor] = {}
+        for name, value, supported in (
+            ("edge_weight", edge_weight, self.supports_edge_weight),
+            ("edge_attr", edge_attr, self.supports_edge_attr),
+        ):
+            if value is not None and not supported:
+                raise ValueError(f"{type(self).__name__}: expected no {name}, since its layers do not use any, found one of shape {tuple(value.shape)}")
+            if value is not None:
+                per_edge[name] = value
+
+        hidden: list[Tensor] = []
+        for i, (conv, norm, dropout) in enumerate(zip(self.convs, self.norms, self.dropouts, strict=True)):
+            x = conv(x, edge_index, route, **per_edge)
+            if i == self.num_layers - 1 and self.jk_mode is None:
+                break
+            if self.act is not None and self.act_first:
+                x = self.act(x)
+            x = rows.call(norm, x, route)
+            if self.act is not None and not self.act_first:
+                x = self.act(x)
+            x = dropout(x, route)
+            if hasattr(self, "jk"):
+                hidden.append(x)
+        if hasattr(self, "jk"):
+            x = self.jk(hidden)
+        return self.lin(x) if hasattr(self, "lin") else x

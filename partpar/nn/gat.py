@@ -1,0 +1,176 @@
+r"""Graph attention, partition-parallel: every in-edge of an owned node is here, so its softmax is too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
+from torch import Tensor
+from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
+from torch_geometric.utils import add_self_loops, remove_self_loops, softmax
+
+from partpar.nn.dropout import Dropout
+from partpar.nn.rows import check_edges, check_flow, check_owned_first, with_halo
+from partpar.route import Route
+
+Attention = tuple[Tensor, tuple[Tensor, Tensor]]
+
+
+class GATConv(pyg_nn.GATConv):
+    r"""The graph attention operator of `"Graph Attention Networks" <https://arxiv.org/abs/1710.10903>`_,
+    partition-parallel.
+
+    .. math::
+        \mathbf{x}^{\prime}_i = \sum_{j \in \mathcal{N}(i) \cup \{ i \}} \alpha_{i,j}\mathbf{\Theta}_t\mathbf{x}_{j}
+
+    Arguments and parameters are those of :class:`torch_geometric.nn.GATConv`, as is the ``state_dict`` but for the step
+    counter of attention dropout. Its draws are keyed by the raw ids of both ends and the head, so that they are the
+    same for any number of workers; parallel edges share them.
+
+    Args:
+        in_channels (int or tuple): Size of each row; a tuple gives sources and destinations a linear map each.
+        out_channels (int): Size of each row of each head.
+        *args, **kwargs (optional): Arguments of :class:`torch_geometric.nn.GATConv`.
+        seed (int, optional): The seed of attention dropout. (default: :obj:`0`)
+        layer (int, optional): The layer's number for attention dropout, see :class:`~partpar.nn.Dropout`.
+            (default: :obj:`None`)
+
+    Raises:
+        ValueError: :obj:`flow` is not ``"source_to_target"``.
+
+    Shapes:
+        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`, edge attributes :math:`(E, D)`
+          *(optional)*
+        - **outputs:** :math:`(N_{owned}, H * F_{out})`; with :obj:`return_attention_weights=True` also the edges,
+          self-loops last, and their weights :math:`(E^{\prime}, H)`
+    """
+
+    propagate_type = {"x": OptPairTensor, "alpha": Tensor}
+    edge_updater_type = {"alpha": OptPairTensor, "edge_attr": OptTensor}
+
+    def __init__(
+        self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(in_channels, out_channels, *args, **kwargs)
+        check_flow(self, self.flow)
+        self.attention_dropout = Dropout(self.dropout, seed, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        route: Route | None = None,
+        edge_attr: Tensor | None = None,
+        return_attention_weights: bool | None = None,
+    ) -> Tensor | Attention:
+        r"""Runs the layer on owned rows.
+
+        Args:
+            x (torch.Tensor): The rows of the owned nodes.
+            edge_index (torch.Tensor): The share's edges.
+            route (Route, optional): The share's route; :obj:`None` when one process owns everything.
+            edge_attr (torch.Tensor, optional): A row for each edge.
+            return_attention_weights (bool, optional): Whether to return the edges and their weights too.
+        """
+        check_edges(self, x, edge_index, edge_attr=edge_attr)
+        check_owned_first(self, route)
+        heads = (-1, self.heads, self.out_channels)
+        if self.lin is not None:
+            x_src = x_dst = self.lin(x).view(heads)
+        else:
+            x_src, x_dst = self.lin_src(x).view(heads), self.lin_dst(x).view(heads)
+        x_src = with_halo(x_src, route)
+        scores = ((x_src * self.att_src).sum(-1), (x_dst * self.att_dst).sum(-1))
+
+        edge_index, edge_attr = _with_self_loops(self, edge_index, edge_attr, x.size(0))
+        alpha = self.edge_updater(edge_index, alpha=scores, edge_attr=edge_attr)
+        alpha = self.attention_dropout.drop_edges(alpha, edge_index, route)
+        out = self.propagate(edge_index, x=(x_src, x_dst), alpha=alpha)
+        return _finish(self, out, x, (edge_index, alpha) if return_attention_weights else None)
+
+    def edge_update(
+        self, alpha_j: Tensor, alpha_i: Tensor, edge_attr: OptTensor, index: Tensor, ptr: OptTensor, dim_size: int | None
+    ) -> Tensor:
+        # Unlike PyG's, it ends early for no edges neither, so that every worker uses every parameter.
+        alpha = alpha_j + alpha_i
+        if edge_attr is not None and self.lin_edge is not None:
+            alpha = alpha + (_edge_heads(self, edge_attr) * self.att_edge).sum(-1)
+        return softmax(F.leaky_relu(alpha, self.negative_slope), index, ptr, dim_size)
+
+
+class GATv2Conv(pyg_nn.GATv2Conv):
+    r"""The operator of `"How Attentive are Graph Attention Networks?" <https://arxiv.org/abs/2105.14491>`_,
+    partition-parallel. All that is said of :class:`GATConv` holds for it and
+    :class:`torch_geometric.nn.GATv2Conv`.
+    """
+
+    propagate_type = {"x": PairTensor, "alpha": Tensor}
+    edge_updater_type = {"x": PairTensor, "edge_attr": OptTensor}
+
+    def __init__(
+        self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(in_channels, out_channels, *args, **kwargs)
+        check_flow(self, self.flow)
+        self.attention_dropout = Dropout(self.dropout, seed, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        route: Route | None = None,
+        edge_attr: Tensor | None = None,
+        return_attention_weights: bool | None = None,
+    ) -> Tensor | Attention:
+        r"""Runs the layer on owned rows; see :meth:`GATConv.forward`."""
+        check_edges(self, x, edge_index, edge_attr=edge_attr)
+        check_owned_first(self, route)
+        heads = (-1, self.heads, self.out_channels)
+        x_l = self.lin_l(x).view(heads)
+        x_r = x_l if self.share_weights else self.lin_r(x).view(heads)
+        x_l = with_halo(x_l, route)
+
+        edge_index, edge_attr = _with_self_loops(self, edge_index, edge_attr, x.size(0))
+        alpha = self.edge_updater(edge_index, x=(x_l, x_r), edge_attr=edge_attr)
+        alpha = self.attention_dropout.drop_edges(alpha, edge_index, route)
+        out = self.propagate(edge_index, x=(x_l, x_r), alpha=alpha)
+        return _finish(self, out, x, (edge_index, alpha) if return_attention_weights else None)
+
+    def edge_update(
+        self, x_j: Tensor, x_i: Tensor, edge_attr: OptTensor, index: Tensor, ptr: OptTensor, dim_size: int | None
+    ) -> Tensor:
+        x = x_i + x_j
+        if edge_attr is not None:
+            if self.lin_edge is None:
+                raise ValueError("GATv2Conv: expected edge_attr only with edge_dim, found it without; set edge_dim when making the layer")
+            x = x + _edge_heads(self, edge_attr)
+        alpha = (F.leaky_relu(x, self.negative_slope) * self.att).sum(-1)
+        return softmax(alpha, index, ptr, dim_size)
+
+
+def _edge_heads(conv: GATConv | GATv2Conv, edge_attr: Tensor) -> Tensor:
+    """``[E]`` or ``[E, D]`` to ``[E, H, C]``."""
+    rows = edge_attr.unsqueeze(1) if edge_attr.dim() == 1 else edge_attr
+    return conv.lin_edge(rows).view(-1, conv.heads, conv.out_channels)
+
+
+def _with_self_loops(
+    conv: GATConv | GATv2Conv, edge_index: Tensor, edge_attr: Tensor | None, num_nodes: int
+) -> tuple[Tensor, Tensor | None]:
+    """One self-loop for every owned node; source ``i`` is node ``i``, as owned rows come first."""
+    if not conv.add_self_loops:
+        return edge_index, edge_attr
+    edge_index, edge_attr = remove_self_loops(edge_index, edge_attr)
+    return add_self_loops(edge_index, edge_attr, fill_value=conv.fill_value, num_nodes=num_nodes)
+
+
+def _finish(conv: GATConv | GATv2Conv, out: Tensor, x: Tensor, attention: tuple[Tensor, Tensor] | None) -> Tensor | Attention:
+    """From the rows of each head to those of the layer."""
+    out = out.view(-1, conv.heads * conv.out_channels) if conv.concat else out.mean(dim=1)
+    if conv.res is not None:
+        out = out + conv.res(x)
+    if conv.bias is not None:
+        out = out + conv.bias
+    return out if attention is None else (out, attention)

@@ -1,0 +1,132 @@
+r"""Batch normalisation over the nodes of the whole graph."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg_nn
+from torch import Tensor
+
+from partpar import exchange
+from partpar.nn import rows
+from partpar.route import Route
+
+
+class SyncBatchNorm(torch.nn.BatchNorm1d):
+    r"""Batch normalisation (`Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`_) with the statistics of all
+    rows on all ranks.
+
+    Arguments, ``state_dict`` and running statistics (with Bessel's correction) are those of
+    :class:`torch.nn.BatchNorm1d`. Mean and variance are found in two passes, the second about the mean of the first
+    (the shifted two-pass algorithm of Chan, Golub & LeVeque, The American Statistician 1983), and are summed over
+    ranks in float64: two small reductions forwards, one backwards. A route that is alone, or :obj:`None`, is
+    :class:`torch.nn.BatchNorm1d` itself.
+
+    Shapes:
+        - **inputs:** owned rows :math:`(N_{owned}, F)`
+        - **outputs:** :math:`(N_{owned}, F)`
+    """
+
+    def forward(self, input: Tensor, route: Route | None = None) -> Tensor:  # noqa: A002 (torch's name)
+        r"""Normalises owned rows (collective in training mode).
+
+        Args:
+            input (torch.Tensor): The rows of the owned nodes; a rank may have none.
+            route (Route, optional): The share's route; :obj:`None` when one process owns everything.
+
+        Raises:
+            ValueError: The shape does not fit, or all ranks together have only one row to train on (on every rank).
+        """
+        if input.dim() != 2 or input.size(1) != self.num_features:
+            raise ValueError(f"SyncBatchNorm: expected rows of shape (N, {self.num_features}), found {tuple(input.shape)}")
+        over_rows = self.training or (self.running_mean is None and self.running_var is None)
+        if route is None or route.group is None or not over_rows:
+            return super().forward(input)
+
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        with torch.no_grad():
+            sums = exchange.all_reduce_sum(F.pad(x.sum(0, dtype=torch.float64), (0, 1), value=x.size(0)), route.group)
+            count = int(sums[-1])
+            if count <= 1:  # as torch says it
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([count, x.size(1)])}")
+            centre = (sums[:-1] / count).to(x.dtype)
+        # Mathematically any centre gives the same mean and variance: no gradient need flow through it.
+        x = x - centre
+        moments = torch.stack([x.sum(0), x.square().sum(0)]).double()
+        shift, square = exchange.all_reduce_sum(moments, route.group) / count
+        var = square - shift.square()
+        self._track(centre + shift.detach(), var.detach(), count)
+
+        scale = (var + self.eps).rsqrt().to(x.dtype)
+        if self.weight is not None:
+            scale = scale * self.weight
+        offset = -shift.to(x.dtype) * scale
+        if self.bias is not None:
+            offset = offset + self.bias
+        return torch.addcmul(offset, x, scale).to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+
+
+class BatchNorm(pyg_nn.BatchNorm):
+    r"""The face that PyG gives to :class:`SyncBatchNorm`: arguments and ``state_dict`` are those of
+    :class:`torch_geometric.nn.BatchNorm`, which keeps the norm in ``module``. Models use it for
+    ``norm="batch_norm"``, so that their weights and PyG's move both ways.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        allow_single_element: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_channels, eps, momentum, affine, track_running_stats, allow_single_element, device)
+        self.module = SyncBatchNorm(in_channels, eps, momentum, affine, track_running_stats, device=device)
+
+    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+        r"""Normalises owned rows; see :meth:`SyncBatchNorm.forward`."""
+        if self.allow_single_element and self.training:
+            count = torch.tensor(x.size(0), device=x.device)
+            if int(exchange.all_reduce_sum(count, None if route is None else route.group)) <= 1:
+                norm = self.module
+                return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return self.module(x, route)
+
+
+def with_global_statistics(norm: torch.nn.Module, where: str) -> torch.nn.Module:
+    r"""The partition-parallel counterpart of a norm: batch norms become :class:`SyncBatchNorm`, what works row by row
+    stays.
+
+    Raises:
+        ValueError: There is none; :obj:`where` begins the message.
+    """
+    if rows.takes_route(norm):
+        return norm
+    made: torch.nn.Module
+    if type(norm) is pyg_nn.BatchNorm:
+        inner = norm.module
+        made = BatchNorm(
+            norm.in_channels, inner.eps, inner.momentum, inner.affine, inner.track_running_stats, norm.allow_single_element
+        )
+    elif type(norm) is torch.nn.BatchNorm1d:
+        made = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    else:
+        rows.refuse_over_all_rows(norm, where)
+        return norm
+    reference = next(iter(norm.state_dict().values()), None)
+    if reference is not None:
+        made.to(reference.device, reference.dtype)
+    made.load_state_dict(norm.state_dict())
+    return made.train(norm.training)

@@ -1,0 +1,127 @@
+r"""Which modules treat each row by itself, and how a route reaches those that do not.
+
+A worker holds some rows of a matrix whose other rows are elsewhere. A linear layer does not mind; a norm over all
+nodes does, and must be told of the other rows by a route. What neither works row by row nor takes a route would give
+different numbers for different partitions, and is refused here.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch_geometric.nn as pyg_nn
+from torch import Tensor
+
+from partpar.errors import RouteError
+from partpar.route import Route
+
+# Their statistics run over all rows that they are given.
+_OVER_ALL_ROWS = (
+    torch.nn.modules.batchnorm._NormBase,  # batch and instance norms
+    pyg_nn.BatchNorm,
+    pyg_nn.HeteroBatchNorm,
+    pyg_nn.InstanceNorm,
+    pyg_nn.GraphNorm,
+    pyg_nn.GraphSizeNorm,
+    pyg_nn.PairNorm,
+    pyg_nn.MeanSubtractionNorm,
+    pyg_nn.DiffGroupNorm,
+    pyg_nn.HeteroLayerNorm,
+)
+
+
+def takes_route(module: object) -> bool:
+    r"""Whether a module's ``forward`` has an argument called ``route``."""
+    forward = getattr(module, "forward", module)
+    return "route" in inspect.signature(forward).parameters
+
+
+def call(module: torch.nn.Module, x: Tensor, route: Route | None) -> Tensor:
+    r"""Calls a module on owned rows, handing the route to it, or to those members of a
+    :class:`torch.nn.Sequential`, that take one."""
+    if isinstance(module, torch.nn.Sequential):
+        for member in module:
+            x = call(member, x, route)
+        return x
+    return module(x, route=route) if takes_route(module) else module(x)
+
+
+def refuse_over_all_rows(module: object, where: str) -> None:
+    r"""Refuses a module that :func:`call` could not run exactly on some of the rows.
+
+    Args:
+        module: A module, or any callable (which is trusted).
+        where: What the module is for, to begin the message with.
+
+    Raises:
+        ValueError: A member depends on the rows of other workers and no route would reach it.
+    """
+    if not isinstance(module, torch.nn.Module):
+        return
+    if isinstance(module, torch.nn.Sequential):
+        for member in module:
+            refuse_over_all_rows(member, where)
+        return
+    if takes_route(module):
+        return
+    for name, member in module.named_modules():
+        if takes_route(member):
+            advice = f"hand it the route: put it straight into a torch.nn.Sequential, or give the forward of {type(module).__name__} an argument route"
+        elif isinstance(member, pyg_nn.LayerNorm) and member.mode == "graph":
+            advice = "use LayerNorm(..., mode='node')"
+        elif isinstance(member, _OVER_ALL_ROWS):
+            advice = "use partpar.nn.SyncBatchNorm"
+        else:
+            continue
+        at = f" (at {name!r})" if name else ""
+        raise ValueError(
+            f"{where}: expected modules that work row by row or are handed the route, found {type(member).__name__}{at}, "
+            f"which would see one worker's rows instead of the graph's; {advice}"
+        )
+
+
+def with_halo(x: Tensor, route: Route | None) -> Tensor:
+    r"""``[num_owned, *]`` to ``[num_src, *]``; without a route all rows are owned."""
+    return x if route is None else route.apply(x)
+
+
+def check_edges(layer: object, x: Tensor, edge_index: Tensor, **per_edge: Tensor | None) -> None:
+    r"""Refuses, before any exchange, edges that do not fit.
+
+    Raises:
+        ValueError: :obj:`x` is a pair, :obj:`edge_index` is not a dense ``[2, E]`` or an edge attribute has another
+            number of rows.
+    """
+    name = type(layer).__name__
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise RouteError(f"{name}: expected x to be the [num_owned, channels] rows of the owned nodes, found {found}; the route fetches the halo")
+    if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided:
+        kind = edge_index.layout if isinstance(edge_index, Tensor) else type(edge_index).__name__
+        raise RouteError(f"{name}: expected edge_index as a dense [2, E] tensor, found {kind}; pass share.edge_index()")
+    if edge_index.dim() != 2 or edge_index.size(0) != 2:
+        raise RouteError(f"{name}: expected edge_index of shape (2, E), found {tuple(edge_index.shape)}")
+    for what, rows in per_edge.items():
+        if rows is not None and rows.size(0) != edge_index.size(1):
+            raise RouteError(f"{name}: expected {what} to have a row for each of the {edge_index.size(1)} edges, found shape {tuple(rows.shape)}")
+
+
+def check_owned_first(layer: object, route: Route | None) -> None:
+    r"""Refuses a route whose source rows are not the owned rows followed by others, as those of a share are.
+
+    Raises:
+        ValueError: Row ``i`` of the sources need not be owned row ``i``.
+    """
+    if route is not None and route.order is not None:
+        raise RouteError(f"{type(layer).__name__}: expected a route whose sources are the owned rows in their order and then the halo, found one in another order; build it by share.to_route()")
+
+
+def check_flow(layer: object, flow: str) -> None:
+    r"""Refuses messages against the direction of edges: an edge lives with its destination.
+
+    Raises:
+        ValueError: :obj:`flow` is not ``"source_to_target"``.
+    """
+    if flow != "source_to_target":
+        raise ValueError(f"{type(layer).__name__}: expected flow='source_to_target', since a worker keeps the in-edges of its nodes, found {flow!r}; partition the reversed graph instead")
