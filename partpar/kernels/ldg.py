@@ -22,8 +22,8 @@ def ldg_pass(
     parts: Array,
     loads: Array,
 ) -> int:
-    r"""Places the nodes of one block, in turn, each in the part where
-    (weight of edges to neighbours there) * (1 - fill of its fullest constraint) is largest and no capacity is exceeded.
+    r"""Places the nodes of one block, in turn, each in the part where (weight of edges to neighbours there) *
+    (1 - fill of its fullest constraint) is largest and no capacity is exceeded.
 
     Args:
         first: The first node of the block.
@@ -47,11 +47,12 @@ def ldg_pass(
         num_touched = 0
         for entry in range(indptr[row] - indptr[0], indptr[row + 1] - indptr[0]):
             part = parts[neighbours[entry]]
-            if part >= 0:
+            weight = edge_weights[entry] if edge_weights.size else 1.0
+            if part >= 0 and weight > 0:
                 if pull[part] == 0.0:
                     touched[num_touched] = part
                     num_touched += 1
-                pull[part] += edge_weights[entry] if edge_weights.size else 1.0
+                pull[part] += weight
         best, best_score = -1, 0.0
         for i in range(num_touched):
             part = touched[i]
@@ -59,7 +60,9 @@ def ldg_pass(
             for c in range(num_constraints):
                 fill = max(fill, loads[part, c] / capacity[c])
                 # A part that is full in one constraint still takes nodes that weigh nothing there.
-                fits = fits and (node_weights[node, c] == 0 or loads[part, c] + node_weights[node, c] <= capacity[c])
+                fits = fits and (
+                    node_weights[node, c] == 0 or loads[part, c] + node_weights[node, c] <= capacity[c]
+                )
             score = pull[part] * max(1.0 - fill, 1e-9)
             pull[part] = 0.0
             if fits and (score > best_score or (score == best_score and best >= 0 and part < best)):
@@ -92,8 +95,8 @@ def _lightest(weight: Array, capacity: Array, loads: Array) -> int:
 def visit_breadth_first(
     indptr: Array, neighbours: Array, order: Array, seen: Array, state: Array, budget: int
 ) -> bool:
-    r"""Goes on with a breadth-first visit of all components, lowest unseen node first, until it has read ``budget``
-    entries; returns whether it is done.
+    r"""Goes on with a breadth-first visit of all components, lowest unseen node first, until it has read
+    ``budget`` entries; returns whether it is done.
 
     Args:
         indptr: int64 ``[num_nodes + 1]``.
@@ -127,10 +130,17 @@ def visit_breadth_first(
 
 @njit(nogil=True, cache=True)
 def scatter_entries(
-    bounds: Array, cursor: Array, rows: Array, neighbours: Array, weights: Array, src: Array, dst: Array, weight: Array
+    bounds: Array,
+    cursor: Array,
+    rows: Array,
+    neighbours: Array,
+    weights: Array,
+    src: Array,
+    dst: Array,
+    weight: Array,
 ) -> None:
-    r"""Sorts a chunk's entries (both directions of each edge, no self-loops) by the block that their row lies in,
-    keeping their order within a block.
+    r"""Sorts a chunk's entries (both directions of each edge, no self-loops) by the block that their row lies
+    in, keeping their order within a block.
 
     Args:
         bounds: int64 ``[num_blocks + 1]``, first rows of the blocks.
@@ -162,9 +172,16 @@ def scatter_entries(
 
 @njit(nogil=True, cache=True)
 def place_entries(
-    cursor: Array, first: int, rows: Array, entries: Array, entry_weights: Array, neighbours: Array, weights: Array
+    cursor: Array,
+    first: int,
+    rows: Array,
+    entries: Array,
+    entry_weights: Array,
+    neighbours: Array,
+    weights: Array,
 ) -> None:
-    r"""Places a block's scattered entries by row: entry ``i`` goes to ``cursor[rows[i] - first]``, which moves on."""
+    r"""Places a block's scattered entries by row: entry ``i`` goes to ``cursor[rows[i] - first]``, which
+    moves on."""
     for i in range(rows.size):
         place = cursor[rows[i] - first]
         cursor[rows[i] - first] = place + 1

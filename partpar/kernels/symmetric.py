@@ -1,4 +1,5 @@
-r"""Hot loops of the symmetric copy of a graph: both directions of each edge, chunk by chunk, then merged row by row."""
+r"""Hot loops of the symmetric copy of a graph: both directions of each edge, chunk by chunk, then merged row
+by row."""
 
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ def sort_rows(indptr: Array, neighbours: Array) -> int:
 
 @njit(nogil=True, cache=True)
 def merge_rows(indptr: Array, neighbours: Array, times: Array) -> None:
-    r"""Keeps one of equal neighbours of a row, in place, and how often it stood there in ``times`` (unless empty).
-    ``indptr`` is rewritten for the shorter rows."""
+    r"""Keeps one of equal neighbours of a row, in place, and how often it stood there in ``times`` (unless
+    empty). ``indptr`` is rewritten for the shorter rows."""
     write = 0
     begin = indptr[0]
     for row in range(indptr.size - 1):
@@ -84,8 +85,8 @@ def merge_rows(indptr: Array, neighbours: Array, times: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def merge_weighted_rows(indptr: Array, neighbours: Array, weights: Array) -> None:
-    r"""Sorts each row and sums the weights of equal neighbours, in place. Sums run in the order in which entries were
-    written, which is that of raw edges."""
+    r"""Sorts each row and sums the weights of equal neighbours, in place. Sums run in the order in which
+    entries were written, which is that of raw edges."""
     write = 0
     begin = indptr[0]
     for row in range(indptr.size - 1):

@@ -18,8 +18,8 @@ class PartitionBalanceWarning(UserWarning):
 def best_possible(weight: NDArray[Any], num_parts: int) -> float:
     r"""A lower bound on the heaviest part of any assignment: the mean, and what grains of this size allow.
 
-    Among the ``(j - 1) * num_parts + 1`` heaviest nodes some part gets ``j``; so the ``j`` lightest of these fit into
-    one part at best.
+    Among the ``(j - 1) * num_parts + 1`` heaviest nodes some part gets ``j``; so the ``j`` lightest of these
+    fit into one part at best.
 
     Args:
         weight: ``[num_nodes]`` nonnegative numbers.
@@ -36,12 +36,12 @@ def best_possible(weight: NDArray[Any], num_parts: int) -> float:
 
 def part_loads(weight: NDArray[Any], assignment: NDArray[np.int32], num_parts: int) -> NDArray[np.float64]:
     r"""The total weight in each part, ``[num_parts]``."""
-    return np.bincount(assignment, weights=weight, minlength=num_parts)
+    return np.bincount(assignment, weights=weight, minlength=num_parts).astype(np.float64)
 
 
 def check_balance(problem: Problem, assignment: NDArray[np.int32], target: float, algorithm: str) -> None:
-    r"""Warns, with the figure reached, of each constraint whose heaviest part is above ``target`` times the mean.
-    What the size of single nodes makes impossible is not asked for."""
+    r"""Warns, with the figure reached, of each constraint whose heaviest part is above ``target`` times the
+    mean. What the size of single nodes makes impossible is not asked for."""
     weights = problem.node_weights or {"#nodes": np.ones(problem.num_nodes, dtype=bool)}
     for name, weight in weights.items():
         loads = part_loads(weight, assignment, problem.num_parts)

@@ -22,8 +22,8 @@ NO_WEIGHTS = np.empty(0, dtype=np.float64)
 
 
 class Block(NamedTuple):
-    r"""Rows ``first ..`` of an adjacency: ``indptr`` ``[rows + 1]``, counted from ``indptr[0]`` into ``neighbours``;
-    ``weights`` is empty in an unweighted graph."""
+    r"""Rows ``first ..`` of an adjacency: ``indptr`` ``[rows + 1]``, counted from ``indptr[0]`` into
+    ``neighbours``; ``weights`` is empty in an unweighted graph."""
 
     first: int
     indptr: NDArray[np.int64]
@@ -33,16 +33,19 @@ class Block(NamedTuple):
 
 @dataclass
 class Blocks:
-    r"""Both directions of each edge, by row and within a row in raw edge order, without self-loops; duplicates stay.
-    Rows and neighbours may be renamed on the way in, so that any order of nodes is streamed front to back.
+    r"""Both directions of each edge, by row and within a row in raw edge order, without self-loops;
+    duplicates stay. Rows and neighbours may be renamed on the way in, so that any order of nodes is streamed
+    front to back.
 
-    Blocks in memory and on disk hold the same rows in the same order. A context manager: its files go at the end.
+    Blocks in memory and on disk hold the same rows in the same order. A context manager: its files go at the
+    end.
 
     Args:
         edges: The graph.
         num_nodes: Number of nodes.
         rank: int ``[num_nodes]``, new ids, or :obj:`None` to keep ids.
-        memory_bytes: The adjacency stays in memory up to this size; above it, a block takes a quarter of this.
+        memory_bytes: The adjacency stays in memory up to this size; above it, a block takes a quarter of
+            this.
     """
 
     edges: EdgeSource
@@ -101,7 +104,7 @@ class Blocks:
         if self._folder is None:
             kernels.visit_breadth_first(self.indptr, self._neighbours, order, seen, state, 2**62)
             return order
-        with open(self._path("adjacency.ids"), "rb") as file:
+        with self._path("adjacency.ids").open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             neighbours = np.frombuffer(mapping, dtype=self.id_type)
             budget = max(self.memory_bytes // 256, 1)  # one entry read may bring in a page of far more
@@ -133,7 +136,8 @@ class Blocks:
                 )
 
     def _spill(self, block_entries: int) -> None:
-        r"""Scatters entries into one file per block, then sorts each block by row and appends it to the adjacency."""
+        r"""Scatters entries into one file per block, then sorts each block by row and appends it to the
+        adjacency."""
         self._folder = tempfile.TemporaryDirectory(prefix="partpar-")
         # Equal shares of the entries; a row is never split, so a block may hold one row more than its share.
         num_blocks = min(-(-int(self.indptr[-1]) // block_entries), 4096)
@@ -145,7 +149,11 @@ class Blocks:
         for block, (first, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
             base, size = int(self.indptr[first]), int(self.indptr[stop] - self.indptr[first])
             entries, entry_weights = self._read(f"block-{block}", 0, size)
-            rows = np.empty(0, self.id_type) if size == 0 else np.fromfile(self._path(f"block-{block}.rows"), self.id_type)
+            rows = (
+                np.empty(0, self.id_type)
+                if size == 0
+                else np.fromfile(self._path(f"block-{block}.rows"), self.id_type)
+            )
             neighbours, weights = np.empty_like(entries), np.empty_like(entry_weights)
             kernels.place_entries(
                 self.indptr[first:stop] - base, int(first), rows, entries, entry_weights, neighbours, weights
@@ -173,7 +181,7 @@ class Blocks:
     def _append(self, name: str, ids: Array, weights: Array, rows: Array | None = None) -> None:
         for suffix, array in (("ids", ids), ("weights", weights), ("rows", rows)):
             if array is not None and array.size:
-                with open(self._path(f"{name}.{suffix}"), "ab") as file:
+                with self._path(f"{name}.{suffix}").open("ab") as file:
                     array.tofile(file)
 
     def _read(self, name: str, begin: int, size: int) -> tuple[Array, Array]:

@@ -1,5 +1,5 @@
-r"""Linear Deterministic Greedy: parts from a stream of nodes (Stanton & Kliot, KDD 2012), streamed several times
-(Nishimura & Ugander, KDD 2013)."""
+r"""Linear Deterministic Greedy: parts from a stream of nodes (Stanton & Kliot, KDD 2012), streamed several
+times (Nishimura & Ugander, KDD 2013)."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ def ldg(
     r"""Linear Deterministic Greedy with restreaming.
 
     Nodes come one by one; each goes where most of its neighbours are, discounted by how full that part is:
-    the part p that maximises :math:`|N(v) \cap P_p| \, (1 - |P_p| / C)` with capacity
-    :math:`C = \text{slack} \cdot \text{mean}`. Each further pass starts with empty parts, but knows where the pass
-    before it put those nodes that have not come yet. Edges count in both directions, duplicates as often as they
-    stand, or by their weight.
+    the part p that maximises :math:`|N(v) \cap P_p| \, (1 - |P_p| / C)` with capacity :math:`C = \text{slack}
+    \cdot \text{mean}`. Each further pass starts with empty parts, but knows where the pass before it put
+    those nodes that have not come yet. Edges count in both directions, duplicates as often as they stand, or
+    by their weight.
 
-    Several node weights make several capacities, and the fullest counts. Where some nodes weigh nothing, the number of
-    nodes is bounded too, at 1.5 of the mean, as else one part could take all of them. Nodes too heavy for the slack
-    come first.
+    Several node weights make several capacities, and the fullest counts. Where some nodes weigh nothing, the
+    number of nodes is bounded too, at 1.5 of the mean, as else one part could take all of them. Nodes too
+    heavy for the slack come first.
 
-    Memory is a few words per node (8 bytes per weight and 24 more) plus ``memory_bytes`` at most: a larger adjacency
-    is sorted through files in the temporary directory (``TMPDIR``), 8 to 24 bytes per edge and direction, and read
-    back block by block. The result is the same.
+    Memory is a few words per node (8 bytes per weight and 24 more) plus ``memory_bytes`` at most: a larger
+    adjacency is sorted through files in the temporary directory (``TMPDIR``), 8 to 24 bytes per edge and
+    direction, and read back block by block. The result is the same.
 
     Args:
         problem: The graph.
         passes: How often the nodes are streamed.
         slack: How many times the mean a part may hold.
-        order: ``"bfs"``: breadth-first, which cuts least and, where the adjacency is on disk, looks each row up there
-            once; ``"natural"``: by id, which reads files front to back only; ``"random"``: by the seed.
+        order: ``"bfs"``: breadth-first, which cuts least and, where the adjacency is on disk, looks each row
+            up there once; ``"natural"``: by id, which reads files front to back only; ``"random"``: by the
+            seed.
         memory_bytes: The adjacency that may be held.
 
     Raises:
@@ -67,7 +68,9 @@ def ldg(
         raise PartitionError(f"order must be one of {', '.join(ORDERS)}, found {order!r}")
     weights = problem.weight_matrix()
     num_nodes, num_parts = problem.num_nodes, problem.num_parts
-    capacity = np.array([max(slack * w.mean() * num_nodes / num_parts, best_possible(w, num_parts)) for w in weights.T])
+    capacity = np.array(
+        [max(slack * w.mean() * num_nodes / num_parts, best_possible(w, num_parts)) for w in weights.T]
+    )
     if (weights == 0).any():
         weights = np.column_stack([weights, np.ones(num_nodes)])
         capacity = np.append(capacity, max(1.5 * num_nodes / num_parts, 1.0))
@@ -85,7 +88,14 @@ def ldg(
             moved = 0
             for block in blocks:
                 moved += ldg_pass(
-                    block.first, block.indptr, block.neighbours, block.weights, weights, capacity, parts, loads
+                    block.first,
+                    block.indptr,
+                    block.neighbours,
+                    block.weights,
+                    weights,
+                    capacity,
+                    parts,
+                    loads,
                 )
             if moved == 0:
                 break
@@ -105,12 +115,12 @@ def _sequence(problem: Problem, order: str, memory_bytes: int) -> Array | None:
 def _heavy_first(
     sequence: Array | None, weights: NDArray[np.float64], capacity: NDArray[np.float64], slack: float
 ) -> Array | None:
-    r"""Moves nodes to the front, heaviest first, that may find no room in the end: those above the slack of a part.
-    The lightest part always has room for all others."""
+    r"""Moves nodes to the front, heaviest first, that may find no room in the end: those above the slack of a
+    part. The lightest part always has room for all others."""
     room = capacity * (1 - 1 / slack) if slack > 1 else np.zeros_like(capacity)
     uneven = weights.max(axis=0) > weights.min(axis=0)
     excess = np.where(uneven & (capacity > 0), weights / capacity, 0.0).max(axis=1)
-    heavy = (np.where(uneven, weights > np.maximum(room, np.median(weights, axis=0)), False)).any(axis=1)
+    heavy = np.asarray((uneven & (weights > np.maximum(room, np.median(weights, axis=0)))).any(axis=1))
     if not heavy.any():
         return sequence
     if sequence is None:

@@ -1,5 +1,5 @@
-r"""METIS through pymetis: multilevel partitioning of the symmetric copy of a graph (Karypis & Kumar, SIAM J. Sci.
-Comput. 1998)."""
+r"""METIS through pymetis: multilevel partitioning of the symmetric copy of a graph (Karypis & Kumar, SIAM J.
+Sci. Comput. 1998)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ TOTAL_WEIGHT = 2**30
 
 
 def integer_weights(column: NDArray[np.float64]) -> NDArray[np.int64]:
-    r"""Node weights as METIS takes them. Whole numbers that sum to less than 2**30 stay as they are; others are scaled
-    so that they sum to 2**30, and rounded. The share of one node in the whole is thus kept to about 1e-9.
+    r"""Node weights as METIS takes them. Whole numbers that sum to less than 2**30 stay as they are; others
+    are scaled so that they sum to 2**30, and rounded. The share of one node in the whole is thus kept to
+    about 1e-9.
 
     Args:
         column: ``[num_nodes]`` nonnegative finite numbers, not all zero.
@@ -33,8 +34,8 @@ def integer_weights(column: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def without_edges(problem: Problem, graph: SymmetricGraph) -> NDArray[np.int32] | None:
-    r"""The assignment where there is nothing to optimise and METIS would stumble: as many parts as nodes, or no edges.
-    :obj:`None` if METIS should run."""
+    r"""The assignment where there is nothing to optimise and METIS would stumble: as many parts as nodes, or
+    no edges. :obj:`None` if METIS should run."""
     if problem.num_parts >= problem.num_nodes:
         return np.arange(problem.num_nodes, dtype=np.int32)
     if graph.indices.size == 0:
@@ -52,7 +53,9 @@ def check_objective(objective: str, recursive: bool | None) -> bool | None:
         raise PartitionError(f"objective must be 'cut' or 'volume', found {objective!r}")
     if objective == "volume":
         if recursive:
-            raise PartitionError("METIS minimises volume k-way only; leave recursive out or pass recursive=False")
+            raise PartitionError(
+                "METIS minimises volume k-way only; leave recursive out or pass recursive=False"
+            )
         return False
     return recursive
 
@@ -76,7 +79,8 @@ def metis(
 
     Args:
         problem: The graph. Its seed becomes METIS's.
-        objective: ``"cut"`` (edges between parts) or ``"volume"`` (rows that travel, slower by several times).
+        objective: ``"cut"`` (edges between parts) or ``"volume"`` (rows that travel, slower by several
+            times).
         recursive: Recursive bisection instead of k-way; by default up to 8 parts, as pymetis does.
         ufactor: Allowed imbalance in thousandths; by default METIS's (30 k-way, 1 per bisection).
         niter: Refinement passes per level.

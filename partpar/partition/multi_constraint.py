@@ -1,10 +1,11 @@
-r"""METIS with several balance constraints (Karypis & Kumar, SC 1998), which pymetis wraps no function for: the C
-library inside of it is called directly."""
+r"""METIS with several balance constraints (Karypis & Kumar, SC 1998), which pymetis wraps no function for:
+the C library inside of it is called directly."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pymetis
 from numpy.typing import NDArray
-from pymetis import _internal
 
 from partpar.errors import PartitionError
 from partpar.partition.balance import PartitionBalanceWarning, best_possible, part_loads
@@ -37,12 +37,14 @@ class Library:
 
 
 def find_library() -> Library | None:
-    r"""The METIS inside of pymetis; else the system's, whose indices have 32 bits and whose options other than the
-    objective stand at places that differ between releases, so that it runs with its default seed; else :obj:`None`."""
-    inside = ctypes.CDLL(_internal.__file__)
+    r"""The METIS inside of pymetis; else the system's, whose indices have 32 bits and whose options other
+    than the objective stand at places that differ between releases, so that it runs with its default seed;
+    else :obj:`None`."""
+    wrapper: Any = importlib.import_module("pymetis._internal")
+    inside = ctypes.CDLL(wrapper.__file__)
     if hasattr(inside, "METIS_PartGraphKway"):
         names = ("OBJTYPE", "SEED", "NITER", "NCUTS")
-        places = {name: int(getattr(_internal.options_indices, name)) for name in names}
+        places = {name: int(getattr(wrapper.options_indices, name)) for name in names}
         index = np.int64 if pymetis.zero_copy_dtype() == np.int64 else np.int32
         return Library(inside, index, places)
     path = ctypes.util.find_library("metis")
@@ -74,21 +76,24 @@ def part_graph(
     Raises:
         PartitionError: If METIS reports an error.
     """
-    assert num_parts > 1 and graph.indices.size > 0
+    assert num_parts > 1
+    assert graph.indices.size > 0
     if library.index is np.int32 and max(graph.indices.size, weights.sum(axis=0).max()) >= 2**31:
-        raise PartitionError("The graph is too large for the system's METIS, which counts in 32 bits; install pymetis")
-    as_index = {"dtype": library.index}
-    arrays = [np.ascontiguousarray(a, **as_index) for a in (graph.indptr, graph.indices, weights)]
-    edge_weights = None if graph.weights is None else np.ascontiguousarray(graph.weights, **as_index)
-    settings = np.full(NUM_OPTIONS, -1, **as_index)
+        raise PartitionError(
+            "The graph is too large for the system's METIS, which counts in 32 bits; install pymetis"
+        )
+    index = library.index
+    arrays = [np.ascontiguousarray(a, dtype=index) for a in (graph.indptr, graph.indices, weights)]
+    edge_weights = None if graph.weights is None else np.ascontiguousarray(graph.weights, dtype=index)
+    settings = np.full(NUM_OPTIONS, -1, dtype=index)
     for name, value in options.items():
         if value is not None and name in library.places:
             settings[library.places[name]] = value
-    scalars = [np.array([n], **as_index) for n in (graph.num_nodes, weights.shape[1], num_parts)]
+    scalars = [np.array([n], dtype=index) for n in (graph.num_nodes, weights.shape[1], num_parts)]
     num_nodes, num_constraints, parts = map(_pointer, scalars)
     bounds = np.ascontiguousarray(ubvec, dtype=np.float32)
-    cut = np.zeros(1, **as_index)
-    assignment = np.zeros(graph.num_nodes, **as_index)
+    cut = np.zeros(1, dtype=index)
+    assignment = np.zeros(graph.num_nodes, dtype=index)
     call = library.handle.METIS_PartGraphRecursive if recursive else library.handle.METIS_PartGraphKway
     indptr, indices, node_weights = map(_pointer, arrays)
     status = call(
@@ -96,7 +101,9 @@ def part_graph(
         _pointer(bounds), _pointer(settings), _pointer(cut), _pointer(assignment),
     )  # fmt: skip
     if status != METIS_OK:
-        raise PartitionError(f"METIS failed with status {status} on {graph.num_nodes} nodes, {num_parts} parts")
+        raise PartitionError(
+            f"METIS failed with status {status} on {graph.num_nodes} nodes, {num_parts} parts"
+        )
     return assignment.astype(np.int32)
 
 
@@ -120,12 +127,13 @@ def multi_constraint_metis(
 ) -> NDArray[np.int32]:
     r"""METIS with any number of node weights, each of them even over the parts.
 
-    METIS counts weights in integers: whole numbers are used as they are, others scaled so that a column sums to 2**30
-    (:func:`~partpar.partition.metis.integer_weights`). A weight that fewer nodes than parts carry cannot be even; it is
-    left out of METIS's constraints, as is one that is zero everywhere.
+    METIS counts weights in integers: whole numbers are used as they are, others scaled so that a column sums
+    to 2**30 (:func:`~partpar.partition.metis.integer_weights`). A weight that fewer nodes than parts carry
+    cannot be even; it is left out of METIS's constraints, as is one that is zero everywhere.
 
-    A result that leaves parts empty or misses 1.05 of the mean is tried again: with tighter bounds, other seeds, and
-    recursive bisection unless ``recursive=False``; the evenest is kept. All of it follows from the seed.
+    A result that leaves parts empty or misses 1.05 of the mean is tried again: with tighter bounds, other
+    seeds, and recursive bisection unless ``recursive=False``; the evenest is kept. All of it follows from the
+    seed.
 
     Args:
         problem: The graph. Its seed becomes METIS's.
@@ -137,9 +145,13 @@ def multi_constraint_metis(
     """
     recursive = check_objective(objective, recursive)
     names = list(problem.node_weights) or ["#nodes"]
-    bounds = np.broadcast_to(np.asarray(ubvec, dtype=np.float64), (len(names),)) if np.ndim(ubvec) == 0 else ubvec
+    bounds = np.asarray(ubvec, dtype=np.float64)
+    if bounds.ndim == 0:
+        bounds = np.broadcast_to(bounds, len(names))
     if len(bounds) != len(names) or np.min(bounds) <= 1:
-        raise PartitionError(f"ubvec must be above 1: one number, or one per node weight ({len(names)}); found {ubvec}")
+        raise PartitionError(
+            f"ubvec must be above 1: one number, or one per node weight ({len(names)}); found {ubvec}"
+        )
     library = find_library()
     if library is None:
         return _combined(problem, objective=objective, recursive=recursive, niter=niter, ncuts=ncuts)
@@ -188,15 +200,17 @@ def _attempts(
 
 
 def _combined(problem: Problem, **options: Any) -> NDArray[np.int32]:
-    r"""What can be done with pymetis alone: one weight, to which each constraint adds its share of the whole."""
+    r"""What can be done with pymetis alone: one weight, to which each constraint adds its share of the
+    whole."""
     warnings.warn(
-        "No METIS library with several constraints was found (pymetis hides its symbols and the system has no "
-        "libmetis): balancing one combined weight instead",
+        "No METIS library with several constraints was found (pymetis hides its symbols and the system has "
+        "no libmetis): balancing one combined weight instead",
         PartitionBalanceWarning,
         stacklevel=4,
     )
     weights = problem.weight_matrix()
     combined = (weights / weights.mean(axis=0)).mean(axis=1)
     return metis(
-        Problem(problem.num_nodes, problem.edges, problem.num_parts, {"combined": combined}, problem.seed), **options
+        Problem(problem.num_nodes, problem.edges, problem.num_parts, {"combined": combined}, problem.seed),
+        **options,
     )

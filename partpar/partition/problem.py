@@ -1,4 +1,5 @@
-r"""What a partitioning algorithm is given: plain arrays, and edges that it may read in chunks but need never hold."""
+r"""What a partitioning algorithm is given: plain arrays, and edges that it may read in chunks but need never
+hold."""
 
 from __future__ import annotations
 
@@ -32,14 +33,15 @@ class EdgeSource(Protocol):
         ...
 
     def chunks(self, size: int = CHUNK_EDGES) -> Iterator[EdgeChunk]:
-        r"""Yields ``(src, dst, weight)`` of at most ``size`` edges each; ``weight`` is :obj:`None` in an unweighted graph."""
+        r"""Yields ``(src, dst, weight)`` of at most ``size`` edges each; ``weight`` is :obj:`None` in an
+        unweighted graph."""
         ...
 
 
 @dataclass(frozen=True)
 class ArrayEdges:
-    r"""Edges in arrays. A memory-mapped array (:class:`numpy.memmap`) is read chunk by chunk and its pages are given
-    back after each, so that resident memory stays at about one chunk.
+    r"""Edges in arrays. A memory-mapped array (:class:`numpy.memmap`) is read chunk by chunk and its pages
+    are given back after each, so that resident memory stays at about one chunk.
 
     Args:
         edge_index: ``[2, E]`` integers; row 0 sources, row 1 destinations.
@@ -60,7 +62,9 @@ class ArrayEdges:
         if self.edge_index.dtype.kind not in "iu":
             raise PartitionError(f"edge_index must hold integers, found {self.edge_index.dtype}")
         if self.weight is not None and self.weight.shape != (shape[1],):
-            raise PartitionError(f"Edge weights must have the shape [{shape[1]}], found {list(self.weight.shape)}")
+            raise PartitionError(
+                f"Edge weights must have the shape [{shape[1]}], found {list(self.weight.shape)}"
+            )
 
     @property
     def num_edges(self) -> int:
@@ -87,8 +91,8 @@ class ArrayEdges:
 
 @dataclass(frozen=True)
 class JoinedEdges:
-    r"""Several edge sources, one after another: the edge types of a heterogeneous graph. Where some have weights and
-    others not, an edge without one weighs 1."""
+    r"""Several edge sources, one after another: the edge types of a heterogeneous graph. Where some have
+    weights and others not, an edge without one weighs 1."""
 
     sources: Sequence[EdgeSource]
 
@@ -104,13 +108,13 @@ class JoinedEdges:
         for source in self.sources:
             for src, dst, weight in source.chunks(size):
                 if weight is None and self.weighted:
-                    weight = np.ones(src.size)
+                    weight = np.ones(src.size, dtype=np.int64)
                 yield src, dst, weight
 
 
 def _mapping(array: Array | None) -> mmap.mmap | None:
-    r"""The read-only memory map an array lies in, if any. A writable one may hold changes that a file does not, so its
-    pages are not ours to drop."""
+    r"""The read-only memory map an array lies in, if any. A writable one may hold changes that a file does
+    not, so its pages are not ours to drop."""
     base: Any = array
     read_only = False
     while base is not None and not isinstance(base, mmap.mmap):
@@ -128,8 +132,8 @@ class Problem:
         num_nodes: Number of nodes; ids run from 0.
         edges: The directed edges, with self-loops and duplicates if the graph has them.
         num_parts: How many parts are wanted.
-        node_weights: Name to ``[num_nodes]`` nonnegative numbers (bool, integer or float). Each is to be spread evenly
-            over the parts; none means that nodes count 1 each.
+        node_weights: Name to ``[num_nodes]`` nonnegative numbers (bool, integer or float). Each is to be
+            spread evenly over the parts; none means that nodes count 1 each.
         seed: The same seed gives the same assignment.
     """
 
@@ -168,7 +172,7 @@ class Problem:
             )
 
     def weight_matrix(self) -> NDArray[np.float64]:
-        r"""The columns to balance, ``[num_nodes, num_constraints]``. A column of zeros asks for nothing and is left
-        out; where nothing is left, every node counts 1."""
+        r"""The columns to balance, ``[num_nodes, num_constraints]``. A column of zeros asks for nothing and
+        is left out; where nothing is left, every node counts 1."""
         columns = [np.asarray(w, dtype=np.float64) for w in self.node_weights.values() if w.any()]
         return np.stack(columns, axis=1) if columns else np.ones((self.num_nodes, 1))

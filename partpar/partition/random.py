@@ -1,4 +1,5 @@
-r"""Random parts: the yardstick for all other algorithms, and a fair way to deal nodes out where edges say nothing."""
+r"""Random parts: the yardstick for all other algorithms, and a fair way to deal nodes out where edges say
+nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from partpar.partition.registry import register
 def deal(weights: NDArray[np.float64], num_parts: int, seed: int) -> NDArray[np.int32]:
     r"""Deals nodes out like cards: sorted by weight, in rounds of ``num_parts``, each round in random order.
 
-    Sizes differ by one at most, the first weight's sums by about one of its heaviest nodes. Further weights break
-    ties, so masks that exclude each other all come out even.
+    Sizes differ by one at most, the first weight's sums by about one of its heaviest nodes. Further weights
+    break ties, so masks that exclude each other all come out even.
 
     Args:
         weights: ``[num_nodes, num_constraints]`` nonnegative numbers.

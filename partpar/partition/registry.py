@@ -50,8 +50,8 @@ def register(
 ) -> Callable[[Callable[..., Assignment]], Callable[..., Assignment]]:
     r"""Makes a function known as a partitioning algorithm.
 
-    The function takes a :class:`Problem` with at least one node and two parts, and keyword-only options; it returns
-    ``[num_nodes]`` parts as int32.
+    The function takes a :class:`Problem` with at least one node and two parts, and keyword-only options; it
+    returns ``[num_nodes]`` parts as int32.
 
     Args:
         name: What users call it, and what partitions on disk are named by.
@@ -61,7 +61,7 @@ def register(
 
     def add(run: Callable[..., Assignment]) -> Callable[..., Assignment]:
         _ALGORITHMS[name] = _Algorithm(name, run, target)
-        _CANONICAL.update({spelling: name for spelling in (name, *aliases)})
+        _CANONICAL.update(dict.fromkeys((name, *aliases), name))
         return run
 
     return add
@@ -86,7 +86,9 @@ def canonical(name: str) -> str:
     """
     _load()
     if name not in _CANONICAL:
-        raise PartitionError(f"Unknown partitioning algorithm '{name}'; known are {', '.join(sorted(_CANONICAL))}")
+        raise PartitionError(
+            f"Unknown partitioning algorithm '{name}'; known are {', '.join(sorted(_CANONICAL))}"
+        )
     return _CANONICAL[name]
 
 
@@ -125,8 +127,9 @@ def assign(algorithm: str, problem: Problem, **options: Any) -> Assignment:
     if problem.num_parts == 1 or problem.num_nodes == 0:
         return np.zeros(problem.num_nodes, dtype=np.int32)
     assignment = entry.run(problem, **options)
-    assert assignment.shape == (problem.num_nodes,) and assignment.dtype == np.int32
-    assert assignment.min() >= 0 and assignment.max() < problem.num_parts
+    assert assignment.shape == (problem.num_nodes,)
+    assert assignment.dtype == np.int32
+    assert 0 <= assignment.min() <= assignment.max() < problem.num_parts
     check_balance(problem, assignment, entry.target(options), entry.name)
     return assignment
 

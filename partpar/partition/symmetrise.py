@@ -46,9 +46,9 @@ class SymmetricGraph:
 def symmetrise(edges: EdgeSource, num_nodes: int) -> SymmetricGraph:
     r"""Builds the symmetric copy of a graph, reading its edges twice in chunks.
 
-    Without edge weights an entry weighs as many as there are edges between its two nodes, in either direction. Integer
-    edge weights are summed instead; float ones too, then scaled to 1000 on average and rounded; every entry weighs at
-    least 1, as METIS asks. Where every entry weighs 1, no weights are kept.
+    Without edge weights an entry weighs as many as there are edges between its two nodes, in either
+    direction. Integer edge weights are summed instead; float ones too, then scaled to 1000 on average and
+    rounded; every entry weighs at least 1, as METIS asks. Where every entry weighs 1, no weights are kept.
 
     Peak memory is 16 bytes per edge, and 16 more where edges have weights, beside the result's.
     """
