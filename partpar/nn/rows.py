@@ -8,6 +8,7 @@ different numbers for different partitions, and is refused here.
 from __future__ import annotations
 
 import inspect
+from weakref import WeakKeyDictionary
 
 import torch
 import torch_geometric.nn as pyg_nn
@@ -29,6 +30,8 @@ _OVER_ALL_ROWS = (
     pyg_nn.DiffGroupNorm,
     pyg_nn.HeteroLayerNorm,
 )
+
+_owned_first: WeakKeyDictionary[Route, bool] = WeakKeyDictionary()
 
 
 def takes_route(module: object) -> bool:
@@ -113,8 +116,16 @@ def check_owned_first(layer: object, route: Route | None) -> None:
     Raises:
         ValueError: Row ``i`` of the sources need not be owned row ``i``.
     """
-    if route is not None and route.order is not None:
-        raise RouteError(f"{type(layer).__name__}: expected a route whose sources are the owned rows in their order and then the halo, found one in another order; build it by share.to_route()")
+    if route is None or route.order is None:
+        return
+    if route not in _owned_first:
+        owned = torch.arange(route.num_owned, device=route.order.device)
+        _owned_first[route] = torch.equal(route.order[: route.num_owned], owned)
+    if not _owned_first[route]:
+        raise RouteError(
+            f"{type(layer).__name__}: expected a route whose sources are the {route.num_owned} owned rows in their order and then "
+            f"the halo, found one in another order; build it by share.to_route()"
+        )
 
 
 def check_flow(layer: object, flow: str) -> None:
