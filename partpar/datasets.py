@@ -2,6 +2,7 @@ r"""Graphs to train on: generated ones, files of arrays, and those that PyG and 
 
 from __future__ import annotations
 
+import pickle  # only for the name of the error that torch.load raises
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
 
 from partpar.errors import GraphError
 from partpar.graph.arrays import to_pyg
 
+GENERATED = ("planted", "karate")
 PLANETOID = ("Cora", "CiteSeer", "PubMed")
 
 
@@ -188,6 +192,43 @@ def from_npz(path: str | Path, split: int = 0) -> Data | HeteroData:
     return data
 
 
+def from_pt(path: str | Path) -> Data | HeteroData:
+    r"""Reads a graph that :func:`torch.save` wrote, and nothing but a graph: no code of the file's own is
+    run.
+
+    Args:
+        path: The file of a :class:`~torch_geometric.data.Data` or :class:`~torch_geometric.data.HeteroData`.
+
+    Raises:
+        GraphError: If the file is absent, or holds anything else than PyG's data classes, tensors and plain
+            values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise GraphError(f"{path}: expected a file written by torch.save, found none there")
+    allowed = [
+        Data,
+        HeteroData,
+        GlobalStorage,
+        BaseStorage,
+        NodeStorage,
+        EdgeStorage,
+        DataEdgeAttr,
+        DataTensorAttr,
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            data = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GraphError(
+            f"{path}: expected a PyG graph written by torch.save, found something else: {reason}"
+        ) from error
+    if not isinstance(data, (Data, HeteroData)):
+        raise GraphError(f"{path}: expected a PyG Data or HeteroData, found a {type(data).__name__}")
+    return data
+
+
 def _planetoid(name: str, folder: Path) -> Data:
     from torch_geometric.datasets import Planetoid
 
@@ -197,7 +238,7 @@ def _planetoid(name: str, folder: Path) -> Data:
 
 def _ogb(name: str, folder: Path) -> Data:
     try:
-        from ogb.nodeproppred import NodePropPredDataset
+        from ogb.nodeproppred import NodePropPredDataset  # type: ignore[import-not-found]
     except ImportError as error:
         raise GraphError(
             f"dataset {name!r} needs the package ogb, which is not installed: pip install ogb"
@@ -224,7 +265,7 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
     Args:
         name: ``"planted"`` or ``"karate"``, made here; ``"Cora"``, ``"CiteSeer"`` or ``"PubMed"``, which PyG
             downloads;
-            ``"ogbn-..."``, which the package ``ogb`` downloads; or a path that ends in ``.npz``.
+            ``"ogbn-..."``, which the package ``ogb`` downloads; or a path that ends in ``.npz`` or ``.pt``.
         folder: Where downloads are kept.
         options: Of :func:`planted`, :func:`karate` or :func:`from_npz`.
 
@@ -233,6 +274,8 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
     """
     if name.endswith(".npz"):
         return from_npz(name, **options)
+    if name.endswith(".pt"):
+        return from_pt(name)
     made: dict[str, Callable[..., Data]] = {"planted": planted, "karate": karate}
     if name in made:
         return made[name](**options)
@@ -240,7 +283,7 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
     if proper is None and not name.startswith("ogbn-"):
         raise GraphError(
             f"expected a dataset among {', '.join([*made, *PLANETOID])} and ogbn-..., "
-            f"or a path to an .npz file, found {name!r}"
+            f"or a path to an .npz or .pt file, found {name!r}"
         )
     try:
         return _ogb(name, Path(folder)) if proper is None else _planetoid(proper, Path(folder))

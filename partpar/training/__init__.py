@@ -1,0 +1,30 @@
+r"""Setting processes up, training loops and metrics."""
+
+from partpar.training.full_graph import Epoch, History, evaluate, fit
+from partpar.training.machine import forget_peak_memory, peak_memory, tune_allocator
+from partpar.training.metrics import JsonLines, accuracy, measure, roc_auc
+from partpar.training.setup import Context, SetupError, init
+from partpar.training.summary import summary_table
+from partpar.training.together import FirstRankError, all_numbers, all_rows, first_rank
+
+__all__ = [
+    "Context",
+    "Epoch",
+    "FirstRankError",
+    "History",
+    "JsonLines",
+    "SetupError",
+    "accuracy",
+    "all_numbers",
+    "all_rows",
+    "evaluate",
+    "first_rank",
+    "fit",
+    "forget_peak_memory",
+    "init",
+    "measure",
+    "peak_memory",
+    "roc_auc",
+    "summary_table",
+    "tune_allocator",
+]

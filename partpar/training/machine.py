@@ -43,6 +43,21 @@ def tune_allocator(threshold: int = 1 << 30) -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, threshold)) and bool(mallopt(_M_TRIM_THRESHOLD, threshold))
 
 
+def forget_peak_memory() -> bool:
+    r"""Gives freed blocks back to the system and makes :func:`peak_memory` count from now on.
+
+    Returns:
+        Whether it took effect; :obj:`False` where the system is not Linux or does not allow it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory() -> int:
     r"""Returns the most bytes of memory that this process ever held (its resident set, mapped files
     included).

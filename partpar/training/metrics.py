@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from partpar.errors import PartparError
+from partpar.route import Route
 from partpar.training.together import all_numbers, all_rows
 
 METRICS = ("accuracy", "auc")
@@ -21,7 +21,7 @@ class MetricError(PartparError, ValueError):
     r"""A metric was asked of predictions that it is not defined for."""
 
 
-def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> float:
+def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, route: Route | None = None) -> float:
     r"""Returns the share of masked rows, over all workers, whose largest logit stands at their label
     (collective).
 
@@ -29,17 +29,21 @@ def accuracy(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup |
         logits: ``[num_owned, num_classes]``.
         labels: int64 ``[num_owned]``.
         mask: bool ``[num_owned]``, the rows that count.
-        group: The process group; :obj:`None` means the default one.
+        route: The share's route; :obj:`None` when one process owns everything.
 
     Returns:
         From 0 to 1, the same on every rank; NaN if no row on any rank counts.
     """
     right = (logits[mask].argmax(dim=-1) == labels[mask]).sum()
-    right_all, count_all = all_numbers([float(right), float(mask.sum())], group).sum(dim=0).tolist()
+    right_all, count_all = (
+        all_numbers([float(right), float(mask.sum())], None if route is None else route.group)
+        .sum(dim=0)
+        .tolist()
+    )
     return right_all / count_all if count_all else float("nan")
 
 
-def roc_auc(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> float:
+def roc_auc(logits: Tensor, labels: Tensor, mask: Tensor, route: Route | None = None) -> float:
     r"""Returns the area under the ROC curve of two classes over the masked rows of all workers (collective).
 
     Every rank gathers one score and one label for each masked row, which makes ties across ranks count
@@ -49,7 +53,7 @@ def roc_auc(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | 
         logits: ``[num_owned, 2]``, or ``[num_owned]`` scores.
         labels: int64 ``[num_owned]`` of 0 and 1.
         mask: bool ``[num_owned]``, the rows that count.
-        group: The process group; :obj:`None` means the default one.
+        route: The share's route; :obj:`None` when one process owns everything.
 
     Returns:
         From 0 to 1, the same on every rank; NaN if the rows are all of one class.
@@ -66,7 +70,10 @@ def roc_auc(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | 
         logits if logits.dim() == 1 else logits[:, -1] - logits[:, 0] if columns == 2 else logits[:, 0]
     )[mask]
     # One exchange for both: float64 holds every float32 score and every small integer as it is.
-    rows = all_rows(torch.stack([scores.detach().double(), labels[mask].double()], dim=1), group)
+    rows = all_rows(
+        torch.stack([scores.detach().double(), labels[mask].double()], dim=1),
+        None if route is None else route.group,
+    )
     targets = rows[:, 1].long()
     if targets.numel() and (targets.min() < 0 or targets.max() > 1):
         raise MetricError(
@@ -82,13 +89,11 @@ def roc_auc(logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | 
     return float(binary_auroc(ranks / ranks.max().clamp(min=1), targets))
 
 
-def measure(
-    name: str, logits: Tensor, labels: Tensor, mask: Tensor, group: ProcessGroup | None = None
-) -> float:
+def measure(name: str, logits: Tensor, labels: Tensor, mask: Tensor, route: Route | None = None) -> float:
     r"""Returns the metric of a name: ``"accuracy"`` or ``"auc"`` (collective)."""
     if name not in METRICS:
         raise MetricError(f"metric must be one of {', '.join(METRICS)}, but found {name!r}")
-    return (accuracy if name == "accuracy" else roc_auc)(logits, labels, mask, group)
+    return (accuracy if name == "accuracy" else roc_auc)(logits, labels, mask, route)
 
 
 class JsonLines:

@@ -1,4 +1,7 @@
-r"""Small things that all workers do together: rank 0 works first, numbers of all ranks, rows of all ranks."""
+r"""Small things that all workers do together: rank 0 works first, numbers of all ranks, rows of all ranks.
+
+As in :mod:`partpar.exchange`, the group :obj:`None` stands for "alone".
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None, timeo
 
     Args:
         work: What to do, such as cutting a graph. Returns something that JSON can carry.
-        group: The process group; :obj:`None` means the default one.
+        group: The process group, such as that of a context or a route; :obj:`None` when alone.
         timeout: Seconds that the others wait: more than those of ordinary collectives, which would give up on
             a long cut.
 
     Raises:
         FirstRankError: On every other rank, if rank 0 raised; rank 0 raises its own error.
     """
-    own = exchange.own_group(group)
+    own = None if group is None else exchange.own_group(group)
     if own is None:
         return work()
     patient = dist.new_group(
@@ -63,13 +66,13 @@ def _broadcast_text(message: dict[str, Any] | None, group: ProcessGroup) -> dict
     r"""Sends JSON from the group's rank 0: objects would travel as pickles."""
     payload = b"" if message is None else json.dumps(message).encode()
     size = torch.tensor([len(payload)])
-    dist.broadcast(size, group_src=0, group=group)
+    dist.broadcast(size, src=dist.get_global_rank(group, 0), group=group)
     text = (
         torch.empty(int(size), dtype=torch.uint8)
         if message is None
         else torch.tensor(list(payload), dtype=torch.uint8)
     )
-    dist.broadcast(text, group_src=0, group=group)
+    dist.broadcast(text, src=dist.get_global_rank(group, 0), group=group)
     told: dict[str, Any] = json.loads(bytes(text.tolist()))
     return told
 
@@ -79,12 +82,12 @@ def all_numbers(numbers: Sequence[float], group: ProcessGroup | None = None) -> 
 
     Args:
         numbers: As many on every rank.
-        group: The process group; :obj:`None` means the default one.
+        group: The process group, such as that of a context or a route; :obj:`None` when alone.
 
     Returns:
         float64 ``[world_size, len(numbers)]``, the same on every rank.
     """
-    own = exchange.own_group(group)
+    own = None if group is None else exchange.own_group(group)
     rank, size = exchange.rank_and_size(own)
     table = torch.zeros(size, len(numbers), dtype=torch.float64)
     table[rank] = torch.tensor(list(numbers), dtype=torch.float64)
@@ -96,9 +99,9 @@ def all_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
     Args:
         rows: ``[num_rows, *]``; their number may differ between ranks and be zero.
-        group: The process group; :obj:`None` means the default one.
+        group: The process group, such as that of a context or a route; :obj:`None` when alone.
     """
-    own = exchange.own_group(group)
+    own = None if group is None else exchange.own_group(group)
     if own is None:
         return rows
     size = exchange.rank_and_size(own)[1]

@@ -1,0 +1,61 @@
+r"""``partpar inspect``: what a partition on disk is and what training on it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from partpar.cli.report import print_report
+from partpar.errors import MissingPartitionError
+from partpar.partition import Manifest, read_manifest
+
+HELP = "Print the quality report of partitions that stand on disk."
+EXAMPLE = "partpar inspect partitions/cora/metis_4 --plot cora.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    r"""Declares the options."""
+    parser.add_argument("folder", type=Path, help="a partition such as ROOT/metis_4, or ROOT for all in it")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object for each partition, a line each"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw balance and traffic of one (needs matplotlib)"
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    r"""Prints the report of every partition found."""
+    found = find_partitions(args.folder)
+    if args.plot is not None and len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise MissingPartitionError(
+            f"{args.folder}: expected one partition to plot, found {names}; name one of them"
+        )
+    for folder, manifest in found.items():
+        if args.json:
+            known = {
+                name: getattr(manifest, name) for name in ("run_id", "algorithm", "num_parts", "arguments")
+            }
+            print(json.dumps({"folder": str(folder), **known, "report": manifest.report}, default=str))
+        print_report(console, folder, manifest, args.plot, quiet=args.json)
+    return 0
+
+
+def find_partitions(folder: Path) -> dict[Path, Manifest]:
+    r"""The partition that stands in a folder, or all of those one level below.
+
+    Raises:
+        MissingPartitionError: If there is none.
+    """
+    if (folder / "manifest.json").is_file():
+        return {folder: read_manifest(folder)}
+    found = sorted(path.parent for path in folder.glob("[!.]*/manifest.json"))
+    if not found:
+        raise MissingPartitionError(
+            f"{folder}: expected a partition or a folder of some, found no manifest.json"
+        )
+    return {path: read_manifest(path) for path in found}

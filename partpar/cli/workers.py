@@ -1,0 +1,63 @@
+r"""Starting workers of one's own through torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from partpar.errors import PartparError
+
+
+class WorkerError(PartparError, RuntimeError):
+    r"""Workers failed or took too long."""
+
+
+def run_workers(module: str, workers: int, words: Sequence[str], timeout: float) -> None:
+    r"""Runs a module by several workers on this machine and waits for them; their output goes where this
+    process's goes.
+
+    Args:
+        module: Run as by ``python -m``.
+        workers: Number of processes.
+        words: Arguments of the module.
+        timeout: Seconds after which all are ended.
+
+    Raises:
+        WorkerError: If one fails or is not done in time; none is left behind.
+    """
+    if workers < 1:
+        raise WorkerError(f"expected at least 1 worker, found {workers}")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(workers),
+    ]
+    # torchrun warns about threads unless they are named; each worker sets its own number when it starts.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # A session of their own, so that torchrun and its workers can be ended together.
+    command = [*launcher, "--module", module, *words]
+    process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603  # our own module
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(
+            f"{workers} worker(s) of {module} were not done in {timeout:g} s, and were ended"
+        ) from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if code != 0:
+        raise WorkerError(
+            f"{workers} worker(s) of {module} failed with exit code {code}; see their messages above"
+        )

@@ -1,0 +1,182 @@
+r"""Training on the full graph: every epoch is one step on all labelled nodes of all workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from partpar.errors import GraphError
+from partpar.exchange import meter
+from partpar.graph import GraphData
+from partpar.nn import global_mean
+from partpar.route import Route
+from partpar.training.machine import peak_memory
+from partpar.training.metrics import measure
+from partpar.training.together import all_numbers
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    r"""What one epoch did. Losses and metrics are those of the whole graph, the same on every rank.
+
+    Args:
+        epoch: Its number, from 1.
+        loss: Training loss before the step.
+        train: Metric on the training rows after the step, NaN without such rows; likewise :obj:`val` and
+            :obj:`test`.
+        seconds: Wall time of the step on this rank, evaluation apart.
+        exchange_seconds: Part of it that this rank was blocked in exchanges.
+    """
+
+    epoch: int
+    loss: float
+    train: float
+    val: float
+    test: float
+    seconds: float
+    exchange_seconds: float
+
+
+@dataclass
+class History:
+    r"""What a training did.
+
+    Args:
+        epochs: All epochs, in order.
+        best: The epoch of the highest validation metric, whose weights the model has at the end.
+        peak_bytes: Peak memory of each rank's process so far.
+        exchange_share: Part of each rank's training time that it was blocked in exchanges.
+    """
+
+    epochs: list[Epoch] = field(default_factory=list)
+    best: Epoch | None = None
+    peak_bytes: list[int] = field(default_factory=list)
+    exchange_share: list[float] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        r"""The training loss of each epoch."""
+        return [epoch.loss for epoch in self.epochs]
+
+    @property
+    def epoch_seconds(self) -> float:
+        r"""Median time of an epoch's step on this rank."""
+        return torch.tensor([epoch.seconds for epoch in self.epochs]).median().item()
+
+
+def fit(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    share: GraphData,
+    route: Route,
+    epochs: int = 200,
+    patience: int | None = None,
+    metric: str = "accuracy",
+    on_epoch: Callable[..., None] | None = None,
+    progress: bool = False,
+) -> History:
+    r"""Trains a classifier of nodes on the full graph (collective).
+
+    The share's owned nodes need ``x`` and ``y``, and ``train_mask``; ``val_mask`` and ``test_mask`` are used
+    where there
+    are any. Without validation rows nothing is selected: the last epoch is the best.
+
+    Args:
+        model: Called as ``model(x, edge_index, route)``; returns ``[num_owned, num_classes]``. In
+            :class:`~torch.nn.parallel.DistributedDataParallel` if there are several workers.
+        optimizer: Of the model's parameters.
+        share: This worker's share.
+        route: Of the share.
+        epochs: Number of epochs at most.
+        patience: Epochs without a better validation metric after which to stop; :obj:`None` goes on to the
+            end.
+        metric: ``"accuracy"`` or ``"auc"``.
+        on_epoch: Called on every rank as ``on_epoch(epoch=1, loss=..., ...)`` with the fields of an
+            :class:`Epoch`.
+        progress: Whether this rank draws a progress bar on standard error.
+
+    Returns:
+        The :class:`History`; the model has the weights of its best epoch.
+
+    Raises:
+        GraphError: If the share lacks an attribute.
+    """
+    owned = share.node("dst")
+    missing = [name for name in ("x", "y", "train_mask") if name not in owned]
+    if missing:
+        raise GraphError(
+            f"expected node attributes x, y and train_mask to train on, found no {', '.join(missing)}"
+        )
+    edge_index, history, best_weights = share.edge_index(), History(), None
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    no_rows = torch.zeros(share.num_owned(), dtype=torch.bool, device=share.device)
+    masks = {split: owned.get(f"{split}_mask", no_rows) for split in SPLITS}
+
+    def step() -> Tensor:
+        model.train()
+        optimizer.zero_grad()
+        logits = model(owned["x"], edge_index, route)
+        loss = global_mean(
+            F.cross_entropy(logits, owned["y"], reduction="none", ignore_index=-1), masks["train"], route
+        )
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    bar = tqdm(range(1, epochs + 1), desc="training", unit="epoch", disable=not progress, leave=False)
+    for number in bar:
+        blocked, start = meter.seconds, time.perf_counter()
+        loss = step().item()
+        seconds, blocked = time.perf_counter() - start, meter.seconds - blocked
+        scores = evaluate(inner, share, route, masks, metric)
+        epoch = Epoch(number, loss, scores["train"], scores["val"], scores["test"], seconds, blocked)
+        history.epochs.append(epoch)
+        if on_epoch is not None:
+            on_epoch(**asdict(epoch))
+        bar.set_postfix(loss=f"{loss:.4f}", val=f"{epoch.val:.4f}")
+        # Every rank has the same metrics, so every rank stops at the same epoch.
+        if history.best is None or epoch.val > history.best.val or epoch.val != epoch.val:
+            history.best = epoch
+            best_weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
+        elif patience is not None and number - history.best.epoch >= patience:
+            break
+    bar.close()
+    if best_weights is not None:
+        inner.load_state_dict(best_weights)
+
+    spent = sum(epoch.seconds for epoch in history.epochs)
+    exchanged = sum(epoch.exchange_seconds for epoch in history.epochs)
+    table = all_numbers([peak_memory(), exchanged / spent if spent else 0.0], route.group)
+    history.peak_bytes, history.exchange_share = table[:, 0].long().tolist(), table[:, 1].tolist()
+    return history
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, share: GraphData, route: Route, masks: dict[str, Tensor], metric: str = "accuracy"
+) -> dict[str, float]:
+    r"""Runs the model once on the full graph, in evaluation mode, and measures it on each split (collective).
+
+    Args:
+        model: As in :func:`fit`, without :class:`~torch.nn.parallel.DistributedDataParallel`.
+        share: This worker's share.
+        route: Of the share.
+        masks: bool ``[num_owned]`` for each split.
+        metric: ``"accuracy"`` or ``"auc"``.
+
+    Returns:
+        The metric over all workers for each split.
+    """
+    model.eval()
+    owned = share.node("dst")
+    logits = model(owned["x"], share.edge_index(), route)
+    return {split: measure(metric, logits, owned["y"], mask, route) for split, mask in masks.items()}

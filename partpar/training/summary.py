@@ -1,0 +1,30 @@
+r"""A training's end as a table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from partpar.training.full_graph import History
+
+
+def summary_table(history: History, metric: str = "accuracy", title: str = "") -> Table:
+    r"""Returns a table of what a training reached and cost: metric by split, epoch time, exchange, memory.
+
+    Args:
+        history: As :func:`~partpar.training.fit` returns it.
+        metric: What was measured, for the heading.
+        title: Above the table.
+    """
+    table = Table("what", "value", title=title or None)
+    best = history.best
+    if best is not None:
+        name = {"accuracy": "accuracy", "auc": "ROC AUC"}[metric]
+        for split in ("train", "val", "test"):
+            table.add_row(f"{name}, {split}", f"{getattr(best, split):.4f}")
+        table.add_row("best epoch", f"{best.epoch} of {len(history.epochs)}")
+        table.add_row("last loss", f"{history.epochs[-1].loss:.6f}")
+        table.add_row("epoch time (median)", f"{1000 * history.epoch_seconds:.1f} ms")
+    for rank, (share, peak) in enumerate(zip(history.exchange_share, history.peak_bytes, strict=True)):
+        table.add_row(f"rank {rank}: time in exchange", f"{100 * share:.1f} %")
+        table.add_row(f"rank {rank}: peak memory", f"{peak / 2**20:.0f} MiB")
+    return table
