@@ -244,7 +244,7 @@ class RouteInFlight:
 
     def wait(self) -> Tensor:
         r"""Awaits the halo and returns what :meth:`Route.apply` would: ``[num_src, *]``."""
-        out = torch.cat([self._x, self.wait_halo()])
+        out = _join(self._x, self.wait_halo())
         return out if self._route.order is None else out.index_select(0, self._route.order)
 
 
@@ -282,6 +282,14 @@ class _ReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _Apply.apply(grad, ctx.route), None
+
+
+def _join(owned: Tensor, halo: Tensor) -> Tensor:
+    """Owned rows, then halo. ``torch.cat`` takes no gradient to an empty 1-dimensional tensor, and a rank that owns
+    nothing would then miss the backward exchange."""
+    if owned.dim() == 1:
+        return torch.cat([owned.unsqueeze(1), halo.unsqueeze(1)]).squeeze(1)
+    return torch.cat([owned, halo])
 
 
 def _max_into(out: Tensor, index: Tensor, rows: Tensor, include_self: bool) -> None:
@@ -330,7 +338,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         route: Route = ctx.route
         if ctx.flight.backward is None:  # a double backward pass: nothing was sent ahead
-            padded = torch.cat([grad.new_zeros(ctx.shape), grad])
+            padded = _join(grad.new_zeros(ctx.shape), grad)
             return _ReduceSum.apply(padded, route), None, None
         received, ctx.flight.backward = ctx.flight.backward.wait(), None
         return received.new_zeros(ctx.shape).index_add_(0, route.send_index, received), None, None
