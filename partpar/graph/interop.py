@@ -122,14 +122,18 @@ def _has_rows(data: Data | HeteroData, name: str, value: Any, *args: Any) -> boo
 
 
 def _tensor(what: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.layout == torch.strided:
-        return value
     if isinstance(value, Tensor):
-        raise GraphError(f"{what}: expected a dense tensor, found layout {value.layout}; use to_dense()")
+        return _dense(what, value)
     try:
         return torch.from_numpy(np.asarray(value).copy())
     except (TypeError, ValueError) as error:
         raise GraphError(f"{what}: expected a tensor or numbers, found {type(value).__name__}; encode it as a tensor") from error
+
+
+def _dense(what: str, value: Tensor) -> Tensor:
+    if value.layout != torch.strided:
+        raise GraphError(f"{what}: expected a dense tensor, found layout {value.layout}; use to_dense()")
+    return value
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -143,8 +147,9 @@ def _plain(name: str, value: Any) -> Any:
         if isinstance(item, Tensor):
             raise GraphError(f"attribute {name!r}: expected a tensor or plain values, found tensors inside a {type(value).__name__}")
         _plain(name, item)
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if not dense and not isinstance(value, (*_PLAIN, list, tuple, dict)):
+    if isinstance(value, Tensor):
+        return _dense(f"attribute {name!r}", value)
+    if not isinstance(value, (*_PLAIN, list, tuple, dict)):
         raise GraphError(
             f"attribute {name!r}: expected a node or edge attribute, a dense tensor, a number, a string or lists of them; "
             f"found {type(value).__name__}; remove or convert it"
