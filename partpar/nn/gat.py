@@ -32,7 +32,8 @@ class GATConv(pyg_nn.GATConv):
     Args:
         in_channels (int or tuple): Size of each row; a tuple gives sources and destinations a linear map each.
         out_channels (int): Size of each row of each head.
-        *args, **kwargs (optional): Arguments of :class:`torch_geometric.nn.GATConv`.
+        *args (optional): Further arguments of :class:`torch_geometric.nn.GATConv`, by place.
+        **kwargs (optional): The same, by name.
         seed (int, optional): The seed of attention dropout. (default: :obj:`0`)
         layer (int, optional): The layer's number for attention dropout, see :class:`~partpar.nn.Dropout`.
             (default: :obj:`None`)

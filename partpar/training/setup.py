@@ -237,13 +237,11 @@ def init(
         timeout: Seconds after which a collective that some worker does not reach raises.
         threads: Threads of this worker; by default this machine's cores divided by its workers, at least one.
         allocator: Whether glibc shall keep large blocks instead of giving each back to the system and
-            faulting its pages in
-            again: faster epochs, but freed memory stays with the process. Of no effect with another C
-                library.
+            faulting its pages in again: faster epochs, but freed memory stays with the process. Of no effect
+            with another C library.
         quiet: Whether rank 0 keeps from saying on standard error what was chosen.
         allow_network: Whether workers may be on several machines. Traffic between them is neither
-            authenticated nor
-            encrypted, so the network must be trusted or tunnelled. The environment's
+            authenticated nor encrypted, so the network must be trusted or tunnelled. The environment's
             ``PARTPAR_ALLOW_NETWORK=1`` says the same.
 
     Returns:
@@ -251,8 +249,7 @@ def init(
 
     Raises:
         SetupError: If the environment is half set or the arguments ask for what is not there. Raised before
-            any worker is
-            waited for.
+            any worker is waited for.
     """
     if timeout <= 0:
         raise SetupError(f"timeout must be more than 0 seconds, but found {timeout}")
