@@ -43,7 +43,7 @@ class Blocks:
     Args:
         edges: The graph.
         num_nodes: Number of nodes.
-        rank: int ``[num_nodes]``, new ids, or :obj:`None` to keep ids.
+        rank: int64 ``[num_nodes]``, new ids, or :obj:`None` to keep ids.
         memory_bytes: The adjacency stays in memory up to this size; above it, a block takes a quarter of
             this.
     """

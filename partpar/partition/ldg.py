@@ -78,8 +78,8 @@ def ldg(
     sequence = _heavy_first(_sequence(problem, order, memory_bytes), weights, capacity, slack)
     rank = None
     if sequence is not None:
-        rank = np.empty_like(sequence)
-        rank[sequence] = np.arange(num_nodes, dtype=sequence.dtype)
+        rank = np.empty(num_nodes, dtype=np.int64)
+        rank[sequence] = np.arange(num_nodes)
         weights = weights[sequence]
     parts = np.full(num_nodes, -1, dtype=np.int32)
     with Blocks(problem.edges, num_nodes, rank, memory_bytes) as blocks:
