@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from partpar.graph import EdgeType, GraphData
-from partpar.kernels.csr import compress, index_dtype
+from partpar.kernels.csr import compress
 from partpar.partition.layout import edge_key, node_key
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def cut_share(graph: GraphData, cut: Cut, part_id: int) -> tuple[dict[str, Tenso
         low, high = ranges[edge_type[2]]
         indptr = cut.indptr[edge_type][low : high + 1]
         raw_edges = cut.edge_order[edge_type][int(indptr[0]) : int(indptr[-1])].to(torch.int64)
-        sources[edge_type] = cut.ids[edge_type[0]][graph.edge_index(edge_type)[0][raw_edges]]
-        is_halo[edge_type[0]][sources[edge_type].long()] = True
+        sources[edge_type] = _source_ids(graph, cut, edge_type, raw_edges, is_halo[edge_type[0]])
         tensors[edge_key(edge_type, "indptr")] = indptr - indptr[0]
         tensors[edge_key(edge_type, "raw_ids")] = raw_edges
         for name, value in graph.edge(edge_type).items():
@@ -100,10 +101,27 @@ def cut_share(graph: GraphData, cut: Cut, part_id: int) -> tuple[dict[str, Tenso
 
     for edge_type, source in sources.items():
         low, high = ranges[edge_type[0]]
-        halo = halo_ids[edge_type[0]]
-        own = (source >= low) & (source < high)
-        place = torch.searchsorted(halo.to(source.dtype), source) + (high - low)
-        local = torch.where(own, source - low, place)
-        tensors[edge_key(edge_type, "indices")] = local.to(index_dtype(high - low + halo.numel()))
-        counts.cut_edges[edge_type] = int((~own).sum())
+        counts.cut_edges[edge_type] = _localise(source, low, high, halo_ids[edge_type[0]])
+        tensors[edge_key(edge_type, "indices")] = source
     return tensors, counts
+
+
+def _source_ids(graph: GraphData, cut: Cut, edge_type: EdgeType, raw_edges: Tensor, seen: Tensor) -> Tensor:
+    """The source ids of some edges; marks them as seen. Goes by chunks, since indexing needs 8 bytes an edge."""
+    raw_sources, ids = graph.edge_index(edge_type)[0], cut.ids[edge_type[0]]
+    out = torch.empty(raw_edges.numel(), dtype=ids.dtype)
+    for chunk, into in zip(raw_edges.split(_CHUNK), out.split(_CHUNK), strict=True):
+        torch.index_select(ids, 0, raw_sources[chunk], out=into)
+        seen[into.long()] = True
+    return out
+
+
+def _localise(source: Tensor, low: int, high: int, halo: Tensor) -> int:
+    """Turns source ids into places among "owned, then halo", in place; returns how many are halo."""
+    halo, num_cut = halo.to(source.dtype), 0
+    for chunk in source.split(_CHUNK):
+        own = (chunk >= low) & (chunk < high)
+        place = torch.searchsorted(halo, chunk, out_int32=chunk.dtype == torch.int32) + (high - low)
+        chunk.copy_(torch.where(own, chunk - low, place))
+        num_cut += int((~own).sum())
+    return num_cut
