@@ -7,7 +7,6 @@ holds index tables, the caller owns the data, and every operation and its transp
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from partpar import directory, exchange
 from partpar.errors import RouteError
+from partpar.transfer import Apply, Max, ReduceSum, RouteInFlight
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 
@@ -131,7 +131,7 @@ class Route:
             RouteError: Rows, dtype, trailing shape or ``requires_grad`` do not fit; on every rank.
         """
         self._check("apply", x, self.num_owned)
-        out: Tensor = _Apply.apply(x, self)
+        out: Tensor = Apply.apply(x, self)
         return out if self.order is None else out.index_select(0, self.order)
 
     def apply_begin(self, x: Tensor) -> RouteInFlight:
@@ -154,14 +154,14 @@ class Route:
         wrong = None if op in REDUCTIONS else f"reduce: expected op to be one of {', '.join(REDUCTIONS)}; found {op!r}"
         self._check(f"reduce({op})", x, self.num_src, wrong)
         if op == "sum":
-            return self._sum(x)
+            return self.sum_copies(x)
         ones = x.new_ones((self.num_src, *[1] * (x.dim() - 1)), requires_grad=False)
-        count = self._sum(ones).clamp_(min=1)
+        count = self.sum_copies(ones).clamp_(min=1)
         if op == "mean":
-            return self._sum(x) / count
+            return self.sum_copies(x) / count
         if op == "max":
-            return _Max.apply(x, self)
-        return -_Max.apply(-x, self)
+            return Max.apply(x, self)
+        return -Max.apply(-x, self)
 
     def restrict(self, mask: Tensor) -> Route:
         r"""The sub-route that only moves the wanted rows (collective).
@@ -217,147 +217,8 @@ class Route:
         elif wrong is not None:
             raise RouteError(wrong)
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def sum_copies(self, x: Tensor) -> Tensor:
+        """``reduce(x, "sum")`` without its checks."""
         if self.order is not None:
             x = x.new_zeros((self.num_owned + self.num_halo, *x.shape[1:])).index_add(0, self.order, x)
-        return _ReduceSum.apply(x, self)
-
-    def _pull(self, x: Tensor, out: Tensor) -> exchange.RowsInFlight:
-        """Owner to halo, into ``out``."""
-        return exchange.send_rows(x.index_select(0, self.send_index), self.send_splits, self.recv_splits, self.group, out)
-
-    def _push(self, halo: Tensor) -> exchange.RowsInFlight:
-        """Halo to owner; the rows arrive in the order of ``send_index``."""
-        return exchange.send_rows(halo, self.recv_splits, self.send_splits, self.group)
-
-
-class RouteInFlight:
-    r"""An :meth:`Route.apply` that has begun."""
-
-    def __init__(self, x: Tensor, route: Route) -> None:
-        self._x, self._route, self._flight = x, route, _Flight()
-        self._halo: Tensor = _Start.apply(x, route, self._flight)
-
-    def wait_halo(self) -> Tensor:
-        r"""Awaits and returns the ``[num_halo, *]`` halo rows alone."""
-        return _Land.apply(self._halo, self._route, self._flight)
-
-    def wait(self) -> Tensor:
-        r"""Awaits the halo and returns what :meth:`Route.apply` would: ``[num_src, *]``."""
-        out = _join(self._x, self.wait_halo())
-        return out if self._route.order is None else out.index_select(0, self._route.order)
-
-
-@dataclass
-class _Flight:
-    """What is under way, forwards and backwards, between the two halves of an exchange."""
-
-    forward: exchange.RowsInFlight | None = None
-    backward: exchange.RowsInFlight | None = None
-
-
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        out = x.new_empty((route.num_owned + route.num_halo, *x.shape[1:]))
-        flight = route._pull(x, out[route.num_owned :])
-        out[: route.num_owned] = x
-        flight.wait()
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _ReduceSum.apply(grad, ctx.route), None
-
-
-class _ReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        flight = route._push(x[route.num_owned :])
-        out = x[: route.num_owned].clone(memory_format=torch.contiguous_format)
-        return out.index_add_(0, route.send_index, flight.wait())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _Apply.apply(grad, ctx.route), None
-
-
-def _join(owned: Tensor, halo: Tensor) -> Tensor:
-    """Owned rows, then halo. ``torch.cat`` takes no gradient to an empty 1-dimensional tensor, and a rank that owns
-    nothing would then miss the backward exchange."""
-    if owned.dim() == 1:
-        return torch.cat([owned.unsqueeze(1), halo.unsqueeze(1)]).squeeze(1)
-    return torch.cat([owned, halo])
-
-
-def _max_into(out: Tensor, index: Tensor, rows: Tensor, include_self: bool) -> None:
-    """``out[index[i]] = max(out[index[i]], rows[i])``"""
-    index = index.view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
-    out.scatter_reduce_(0, index, rows, "amax", include_self=include_self)
-
-
-class _Max(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        place = torch.arange(route.num_src, device=x.device) if route.order is None else route.order
-        out = x.new_zeros((route.num_owned + route.num_halo, *x.shape[1:]))
-        _max_into(out, place, x, include_self=False)
-        received = route._push(out[route.num_owned :]).wait()
-        out = out[: route.num_owned].contiguous()
-        absent = torch.ones(route.num_owned, dtype=torch.bool, device=x.device)
-        absent[place[place < route.num_owned]] = False
-        out[absent] = torch.finfo(x.dtype).min if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
-        _max_into(out, route.send_index, received, include_self=True)
-        absent[route.send_index] = False
-        out[absent] = 0
-        ctx.route = route
-        ctx.save_for_backward(x, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        x, out = ctx.saved_tensors
-        tied = (x.detach() == ctx.route.apply(out.detach())).to(grad.dtype)
-        ties = ctx.route._sum(tied).clamp_(min=1)
-        return tied * ctx.route.apply(grad / ties), None
-
-
-class _Start(torch.autograd.Function):
-    """Sends the owned rows; in the backward pass, awaits the halo's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route, flight: _Flight) -> Tensor:
-        ctx.route, ctx.flight, ctx.shape = route, flight, x.shape
-        halo = x.new_empty((route.num_halo, *x.shape[1:]))
-        flight.forward = route._pull(x, halo)
-        return halo
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        route: Route = ctx.route
-        if ctx.flight.backward is None:  # a double backward pass: nothing was sent ahead
-            padded = _join(grad.new_zeros(ctx.shape), grad)
-            return _ReduceSum.apply(padded, route), None, None
-        received, ctx.flight.backward = ctx.flight.backward.wait(), None
-        return received.new_zeros(ctx.shape).index_add_(0, route.send_index, received), None, None
-
-
-class _Land(torch.autograd.Function):
-    """Awaits the halo rows; in the backward pass, sends their gradient ahead."""
-
-    @staticmethod
-    def forward(ctx: Any, halo: Tensor, route: Route, flight: _Flight) -> Tensor:
-        ctx.route, ctx.flight = route, flight
-        assert flight.forward is not None
-        flight.forward.wait()
-        return halo.view_as(halo)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            return grad, None, None
-        ctx.flight.backward = ctx.route._push(grad)
-        # The gradient itself travels; autograd is only owed something of the right shape.
-        return grad.new_zeros(()).expand_as(grad), None, None
+        return ReduceSum.apply(x, self)

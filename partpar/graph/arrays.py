@@ -17,8 +17,9 @@ from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 
 from partpar.errors import GraphError
-from partpar.graph.data import EDGE, NODE, GraphData
+from partpar.graph.data import GraphData
 from partpar.graph.interop import from_pyg_data
+from partpar.graph.structure import EDGE, NODE
 
 _CSR = ("_indptr", "_indices", "_data", "_shape")
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from partpar.errors import GraphError
-from partpar.graph.data import EDGE, NODE, GraphData
+from partpar.graph.data import GraphData
 from partpar.graph.frame import Frame
+from partpar.graph.structure import EDGE, NODE
 
 
 def from_bipartite(

@@ -13,8 +13,9 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.data.storage import BaseStorage
 
 from partpar.errors import GraphError
-from partpar.graph.data import EDGE, NODE, GraphData
+from partpar.graph.data import GraphData
 from partpar.graph.frame import Frame
+from partpar.graph.structure import EDGE, NODE
 
 _PLAIN = (str, int, float, bool, type(None))
 

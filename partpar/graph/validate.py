@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from partpar.errors import GraphError
-from partpar.graph.data import CSC, GraphData
+from partpar.graph.data import GraphData
+from partpar.graph.structure import CSC
 
 _CHUNK = 1 << 22  # rows looked at at once, so that a memory-mapped graph is never loaded whole
 

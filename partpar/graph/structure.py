@@ -1,0 +1,38 @@
+r"""The pieces a graph is made of: edges grouped by destination, and which share of which partition it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+EdgeType: TypeAlias = tuple[str, str, str]
+
+NODE: str = "node"
+EDGE: EdgeType = (NODE, "to", NODE)
+
+
+@dataclass(frozen=True)
+class CSC:
+    r"""Edges grouped by destination: those into ``i`` come from ``indices[indptr[i]:indptr[i + 1]]``."""
+
+    indptr: Tensor
+    indices: Tensor
+
+    def edge_index(self) -> Tensor:
+        degree = self.indptr.diff()
+        dst = torch.repeat_interleave(torch.arange(degree.numel(), device=degree.device), degree)
+        return torch.stack([self.indices.to(torch.int64), dst])
+
+
+@dataclass(frozen=True)
+class Part:
+    r"""Which piece of which partition a share is. Part p owns ids ``offsets[type][p]`` to ``offsets[type][p + 1] - 1``."""
+
+    part_id: int
+    num_parts: int
+    offsets: Mapping[str, Tensor]
+    run_id: str
