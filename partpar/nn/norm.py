@@ -17,9 +17,9 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
     rows on all ranks.
 
     Arguments, ``state_dict`` and running statistics (with Bessel's correction) are those of
-    :class:`torch.nn.BatchNorm1d`. Mean and variance are found in two passes, the second about the mean of the first
-    (the shifted two-pass algorithm of Chan, Golub & LeVeque, The American Statistician 1983), and are summed over
-    ranks in float64: two small reductions forwards, one backwards. A route that is alone, or :obj:`None`, is
+    :class:`torch.nn.BatchNorm1d`. Each rank takes the moments of its rows about their own mean, and those of all ranks
+    are combined in float64 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
+    Statistician 1983): one small reduction forwards, one backwards. A route that is alone, or :obj:`None`, makes it
     :class:`torch.nn.BatchNorm1d` itself.
 
     Shapes:
@@ -43,24 +43,25 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
         if route is None or route.group is None or not over_rows:
             return super().forward(input)
 
+        # Each rank's rows about their own mean, then all ranks' means about theirs: no difference of large numbers.
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        with torch.no_grad():
-            sums = exchange.all_reduce_sum(F.pad(x.sum(0, dtype=torch.float64), (0, 1), value=x.size(0)), route.group)
-            count = int(sums[-1])
-            if count <= 1:  # as torch says it
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([count, x.size(1)])}")
-            centre = (sums[:-1] / count).to(x.dtype)
-        # Mathematically any centre gives the same mean and variance: no gradient need flow through it.
+        centre = x.detach().sum(0) / max(x.size(0), 1)  # any centre gives the same result: no gradient need flow
         x = x - centre
-        moments = torch.stack([x.sum(0), x.square().sum(0)]).double()
-        shift, square = exchange.all_reduce_sum(moments, route.group) / count
-        var = square - shift.square()
-        self._track(centre + shift.detach(), var.detach(), count)
+        own = torch.stack([x.sum(0), x.square().sum(0), centre, torch.full_like(centre, x.size(0))]).double()
+        sums, squares, centres, counts = _gather(own, route).unbind(1)  # [ranks, F] each
+        count = int(counts[:, 0].sum())
+        if count <= 1:  # as torch says it
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([count, x.size(1)])}")
+        middle = (counts * centres).sum(0).detach() / count
+        away = centres - middle
+        shift = (sums + counts * away).sum(0) / count  # the mean less the middle
+        var = (squares + 2 * away * sums + counts * away.square()).sum(0) / count - shift.square()
+        self._track(middle + shift.detach(), var.detach(), count)
 
         scale = (var + self.eps).rsqrt().to(x.dtype)
         if self.weight is not None:
             scale = scale * self.weight
-        offset = -shift.to(x.dtype) * scale
+        offset = (centre.double() - middle - shift).to(x.dtype) * scale
         if self.bias is not None:
             offset = offset + self.bias
         return torch.addcmul(offset, x, scale).to(input.dtype)
@@ -74,6 +75,13 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+
+
+def _gather(own: Tensor, route: Route) -> Tensor:
+    """``[ranks, *]``, the tensors of all ranks; one small reduction."""
+    slots = own.new_zeros((route.world_size, *own.shape))
+    slots = slots.index_copy(0, torch.tensor([route.rank], device=own.device), own.unsqueeze(0))
+    return exchange.all_reduce_sum(slots, route.group)
 
 
 class BatchNorm(pyg_nn.BatchNorm):
