@@ -15,73 +15,74 @@ from partpar.kernels.threads import for_rows
 
 
 @njit(nogil=True, cache=True)
-def _extreme_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, largest: bool,
+def _extreme_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, sign: int,
                   out: np.ndarray) -> None:
     r"""``out[i]``: the extreme of ``x[indices[e]]`` per column; NaN if any is; zero in rows without edges."""
-    width = x.shape[1]
-    flat = x.reshape(-1)
-    last = indices.shape[0] - 1
+    width, flat, last = x.shape[1], x.reshape(-1), indices.shape[0] - 1
+    factor = x.dtype.type(sign)
     for i in range(lo, hi):
-        into = out[i]
+        best = out[i]
         start, end = indptr[i], indptr[i + 1]
         if start == end:
-            into[:] = 0
+            best[:] = 0
             continue
-        into[:] = x[indices[start]]
+        best[:] = x[indices[start]]
         for e in range(start + 1, end):
             at = np.int64(indices[min(e + AHEAD, last)]) * width
             for c in range(0, width, LINE_BYTES // x.itemsize):
                 prefetch(flat, at + c)
             row = x[indices[e]]
-            if largest:
-                for c in range(width):
-                    into[c] = row[c] if row[c] > into[c] or row[c] != row[c] else into[c]
-            else:
-                for c in range(width):
-                    into[c] = row[c] if row[c] < into[c] or row[c] != row[c] else into[c]
+            for c in range(width):
+                value, old = row[c], best[c]
+                best[c] = value if factor * value > factor * old or value != value else old
 
 
 @njit(nogil=True, cache=True)
-def _share_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, out: np.ndarray,
-                g: np.ndarray, shared: np.ndarray) -> None:
-    r"""``shared[i] = g[i] / number of edges whose row reaches out[i]``, per column."""
-    width = x.shape[1]
-    flat = x.reshape(-1)
-    last = indices.shape[0] - 1
-    zero, one = x.dtype.type(0), x.dtype.type(1)  # a plain 0 would widen the loop to float64
+def _extreme_rows_counting(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, sign: int,
+                           out: np.ndarray, count: np.ndarray) -> None:
+    r"""The same, and in ``count`` the number of edges that reach it (one where there are none)."""
+    width, flat, last = x.shape[1], x.reshape(-1), indices.shape[0] - 1
+    factor, one = x.dtype.type(sign), x.dtype.type(1)  # a plain 1 would widen the loop to float64
     for i in range(lo, hi):
-        count, best, grad = shared[i], out[i], g[i]
-        count[:] = 0
-        for e in range(indptr[i], indptr[i + 1]):
+        best, ties = out[i], count[i]
+        ties[:] = 1
+        start, end = indptr[i], indptr[i + 1]
+        if start == end:
+            best[:] = 0
+            continue
+        best[:] = x[indices[start]]
+        for e in range(start + 1, end):
             at = np.int64(indices[min(e + AHEAD, last)]) * width
             for c in range(0, width, LINE_BYTES // x.itemsize):
                 prefetch(flat, at + c)
             row = x[indices[e]]
             for c in range(width):
-                count[c] += one if row[c] == best[c] else zero
-        for c in range(width):
-            count[c] = grad[c] / max(count[c], one)
+                value, old, tied = row[c], best[c], ties[c]
+                better = factor * value > factor * old or value != value
+                best[c] = value if better else old
+                ties[c] = one if better else (tied + one if value == old else tied)
 
 
 @njit(nogil=True, cache=True)
 def _give_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, best: np.ndarray, shared: np.ndarray,
                x: np.ndarray, out: np.ndarray) -> None:
     r"""``out[j] = sum of shared[i]`` over the out-edges of ``j``, in the columns where ``x[j]`` is the best of ``i``."""
-    width = x.shape[1]
+    width, last = x.shape[1], indices.shape[0] - 1
     flat_best, flat_shared = best.reshape(-1), shared.reshape(-1)
-    last = indices.shape[0] - 1
     zero = x.dtype.type(0)
     for j in range(lo, hi):
         into, own = out[j], x[j]
         into[:] = 0
         for e in range(indptr[j], indptr[j + 1]):
-            at = np.int64(indices[min(e + AHEAD, last)]) * width
+            at = np.int64(indices[min(e + AHEAD // 2, last)]) * width
             for c in range(0, width, LINE_BYTES // x.itemsize):
                 prefetch(flat_best, at + c)
+            for c in range(0, width, LINE_BYTES // x.itemsize):
                 prefetch(flat_shared, at + c)
             other, part = best[indices[e]], shared[indices[e]]
             for c in range(width):
-                into[c] += part[c] if own[c] == other[c] else zero
+                value = part[c]
+                into[c] += value if own[c] == other[c] else zero
 
 
 def extreme(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
@@ -115,21 +116,23 @@ class _Extreme(torch.autograd.Function):
         wide = accumulating(x)
         out = torch.empty(adj.num_dst, x.size(1), dtype=wide.dtype)
         indptr = adj.indptr.numpy()
-        for_rows(_extreme_rows, indptr, x.size(1), (indptr, adj.indices.numpy(), wide.numpy(), largest, out.numpy()))
-        out = out.to(x.dtype)
-        ctx.adj = adj
-        ctx.save_for_backward(x, out)
-        return out
+        args = (indptr, adj.indices.numpy(), wide.numpy(), 1 if largest else -1, out.numpy())
+        if ctx.needs_input_grad[1]:
+            count = torch.empty_like(out)
+            for_rows(_extreme_rows_counting, indptr, x.size(1), (*args, count.numpy()))
+            out = out.to(x.dtype)
+            ctx.adj = adj
+            ctx.save_for_backward(x, out, count)
+            return out
+        for_rows(_extreme_rows, indptr, x.size(1), args)
+        return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        adj: Adjacency = ctx.adj
-        x, out = (accumulating(saved) for saved in ctx.saved_tensors)
-        grad_x, shared = torch.empty_like(x), torch.empty_like(out)
-        indptr, there = adj.indptr.numpy(), adj.transposed
-        for_rows(_share_rows, indptr, x.size(1),
-                 (indptr, adj.indices.numpy(), x.numpy(), out.numpy(), accumulating(grad).numpy(), shared.numpy()))
+        x, out, count = (accumulating(saved) for saved in ctx.saved_tensors)
+        shared, there = accumulating(grad) / count, ctx.adj.transposed
+        grad_x = torch.empty_like(x)
         indptr = there.indptr.numpy()
         for_rows(_give_rows, indptr, 2 * x.size(1),
                  (indptr, there.indices.numpy(), out.numpy(), shared.numpy(), x.numpy(), grad_x.numpy()))
