@@ -180,24 +180,43 @@ def _show(name: str, value: int) -> str:
 
 
 class RowsInFlight:
-    r"""An exchange of rows that has begun; :meth:`wait` returns the rows received."""
+    r"""An exchange of rows that has begun; :meth:`wait` returns the rows received.
 
-    def __init__(self, out: Tensor, landing: Tensor | None, work: Any) -> None:
-        self._out, self._landing, self._work = out, landing, work
+    Args:
+        out: Where the rows are to be in the end.
+        work: What to await; :obj:`None` when nothing is under way.
+        landing: Where they arrive, if elsewhere: in another dtype, or as bytes.
+        sent: The send buffer, which must outlive the exchange.
+    """
+
+    def __init__(self, out: Tensor, work: Any = None, landing: Tensor | None = None, sent: Tensor | None = None) -> None:
+        self._out, self._work, self._landing, self._sent = out, work, landing, sent
 
     def wait(self) -> Tensor:
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()
             if self._landing is not None and self._landing is not self._out:
-                self._out.copy_(self._landing.view(self._out.dtype).view(self._out.shape))
+                as_bytes = self._landing.dtype == torch.uint8 != self._out.dtype
+                self._out.copy_(self._landing.view(self._out.dtype).view(self._out.shape) if as_bytes else self._landing)
             meter.seconds += time.perf_counter() - start
-            self._work = None
+            self._work = self._landing = self._sent = None
         return self._out
 
 
+def bytes_on_wire(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> int:
+    r"""Bytes that an element takes on its way."""
+    narrows = wire_dtype is not None and dtype.is_floating_point and wire_dtype.itemsize < dtype.itemsize
+    return (wire_dtype if narrows and wire_dtype is not None else dtype).itemsize
+
+
 def send_rows(
-    rows: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: ProcessGroup | None, out: Tensor | None = None
+    rows: Tensor,
+    send_splits: Sequence[int],
+    recv_splits: Sequence[int],
+    group: ProcessGroup | None,
+    out: Tensor | None = None,
+    wire_dtype: torch.dtype | None = None,
 ) -> RowsInFlight:
     r"""Begins sending block p of :obj:`rows` to rank p and receiving a block from each rank.
 
@@ -206,38 +225,30 @@ def send_rows(
         send_splits: Rows to each rank.
         recv_splits: Rows from each rank; every rank's view must match (:func:`swap_rows` finds out).
         group: An own group.
-        out: ``[sum(recv_splits), *]``, contiguous, to receive into.
+        out: ``[sum(recv_splits), *]``, to receive into.
+        wire_dtype: Floating rows of a wider dtype are rounded to this one on the wire.
     """
     if out is None:
         out = rows.new_empty((sum(recv_splits), *rows.shape[1:]))
     if group is None or rows.shape[1:].numel() == 0:
-        return RowsInFlight(out, None, None)
+        return RowsInFlight(out)
     start = time.perf_counter()
     wire, landing = rows.contiguous(), out
-    if rows.dtype not in _WIRE_DTYPES:
+    if wire_dtype is not None and bytes_on_wire(rows.dtype, wire_dtype) < rows.element_size():
+        wire = wire.to(wire_dtype)
+    if wire.dtype not in _WIRE_DTYPES:
         wire = wire.view(wire.size(0), wire.shape[1:].numel()).view(torch.uint8)
-    device = _wire_device(group)
-    wire = wire.to(device)
+    wire = wire.to(_wire_device(group))
     if wire.dtype != out.dtype or wire.device != out.device or not out.is_contiguous():
         landing = wire.new_empty((sum(recv_splits), *wire.shape[1:]))
     work = dist.all_to_all_single(landing, wire, list(recv_splits), list(send_splits), group=group, async_op=True)
     rank = dist.get_rank(group)
     sent = [n for peer, n in enumerate(send_splits) if peer != rank]
-    meter.bytes_sent += sum(sent) * rows.shape[1:].numel() * rows.element_size()
+    meter.bytes_sent += sum(sent) * wire.shape[1:].numel() * wire.element_size()
     meter.messages += sum(n > 0 for n in sent)
     meter.calls += 1
     meter.seconds += time.perf_counter() - start
-    return RowsInFlight(out, landing, _KeepAlive(work, wire))
-
-
-class _KeepAlive:
-    """The send buffer must outlive the exchange."""
-
-    def __init__(self, work: Any, buffer: Tensor) -> None:
-        self.work, self.buffer = work, buffer
-
-    def wait(self) -> None:
-        self.work.wait()
+    return RowsInFlight(out, work, landing, wire)
 
 
 def swap_rows(rows: Tensor, send_splits: Sequence[int], group: ProcessGroup | None) -> tuple[Tensor, list[int]]:

@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from partpar import directory, exchange
 from partpar.errors import RouteError
-from partpar.transfer import Apply, Max, ReduceSum, RouteInFlight
+from partpar.policy import Policy
+from partpar.transfer import Apply, Blocks, Max, ReduceSum, RouteInFlight
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 
@@ -37,6 +38,7 @@ class Route:
         order: ``[num_src]`` int64, the place of each source row in "owned, then halo", or :obj:`None` where source
             rows stand in just that order (as in every share).
         group: The route's own process group; :obj:`None` when alone.
+        policy: What may happen to rows on their way; see :meth:`with_policy`.
     """
 
     raw_ids: Tensor
@@ -47,6 +49,7 @@ class Route:
     recv_splits: tuple[int, ...]
     order: Tensor | None = None
     group: ProcessGroup | None = None
+    policy: Policy = field(default_factory=Policy)
     _checks: exchange.Checks = field(default_factory=exchange.Checks, repr=False)
 
     # --- building -----------------------------------------------------------------------------------------------
@@ -109,7 +112,22 @@ class Route:
     def bytes_per_peer(self, width: int, dtype: torch.dtype = torch.float32) -> list[int]:
         r"""Bytes that one :meth:`apply` of rows of :obj:`width` elements sends to each rank (to this one: 0).
         :meth:`reduce` moves the same blocks the other way."""
-        return [n * width * dtype.itemsize for n in self.send_splits]
+        size = exchange.bytes_on_wire(dtype, self.policy.wire_dtype)
+        return [n * width * size for n in self.send_splits]
+
+    @property
+    def blocks(self) -> Blocks:
+        r"""The blocks that one exchange moves, under the policy where gradients are on and exactly where they are off."""
+        wire_dtype = self.policy.wire_dtype if torch.is_grad_enabled() else None
+        return Blocks(self.send_splits, self.recv_splits, self.group, wire_dtype)
+
+    def with_policy(self, wire_dtype: torch.dtype | None = None) -> Route:
+        r"""The same plan under another policy.
+
+        Args:
+            wire_dtype: See :class:`partpar.policy.Policy`.
+        """
+        return replace(self, policy=Policy(wire_dtype), _checks=exchange.Checks())
 
     def to(self, device: torch.device | str) -> Route:
         r"""The same plan with its tables on :obj:`device`."""
@@ -131,7 +149,7 @@ class Route:
             RouteError: Rows, dtype, trailing shape or ``requires_grad`` do not fit; on every rank.
         """
         self._check("apply", x, self.num_owned)
-        out: Tensor = Apply.apply(x, self)
+        out: Tensor = Apply.apply(x, self, self.blocks)
         return out if self.order is None else out.index_select(0, self.order)
 
     def apply_begin(self, x: Tensor) -> RouteInFlight:
@@ -213,7 +231,8 @@ class Route:
         if wrong is None and x.dim() > 9:
             wrong = f"{what}: expected at most 8 trailing dimensions, found shape {tuple(x.shape)}"
         if self._checks.due():
-            exchange.agree(self.group, what, {} if wrong is not None else exchange.tensor_fields(x), wrong)
+            fields = {} if wrong is not None else {"wire dtype": self.policy.code, **exchange.tensor_fields(x)}
+            exchange.agree(self.group, what, fields, wrong)
         elif wrong is not None:
             raise RouteError(wrong)
 
@@ -221,4 +240,4 @@ class Route:
         """``reduce(x, "sum")`` without its checks."""
         if self.order is not None:
             x = x.new_zeros((self.num_owned + self.num_halo, *x.shape[1:])).index_add(0, self.order, x)
-        return ReduceSum.apply(x, self)
+        return ReduceSum.apply(x, self, self.blocks)

@@ -299,3 +299,33 @@ def late_check(worker: Worker) -> None:
 
 def test_checks_go_on_locally(gang: Gang) -> None:
     gang.run(late_check, 2)
+
+
+def rounded(worker: Worker) -> None:
+    s = scenario(worker, 3, 30, (4,), canonical=True)
+    exact = Route.from_raw_ids(s.src, s.dst)
+    neutral, route = exact.with_policy(), exact.with_policy(wire_dtype=torch.bfloat16)
+    x, out = s.rows(s.dst), s.rows(s.src)
+    assert torch.equal(neutral.apply(x), out), "the neutral policy is bit-identical"
+    exchange.meter.reset()
+    got = route.apply(x)
+    assert exchange.meter.bytes_sent == sum(route.bytes_per_peer(4, torch.float64)) == sum(exact.bytes_per_peer(4, torch.bfloat16))
+    assert torch.equal(got[: route.num_owned], x), "own rows are never rounded"
+    halo, true = got[route.num_owned :], out[route.num_owned :]
+    assert torch.equal(halo, true.bfloat16().double()) and bool(((halo - true).abs() <= 2**-8 * true.abs()).all())
+    assert torch.equal(route.apply_begin(x).wait(), got)
+    with torch.no_grad():
+        assert torch.equal(route.apply(x), out), "approximations are off in evaluation"
+    grads = []
+    for apply in (route.apply, lambda v: route.apply_begin(v).wait()):
+        leaf = x.clone().requires_grad_()
+        apply(leaf).mul(out).sum().backward()
+        grads.append(leaf.grad)
+    want = exact.reduce(torch.cat([out[: route.num_owned], true.bfloat16().double()]))
+    assert all(torch.allclose(g, want, rtol=1e-12, atol=1e-12) for g in grads if g is not None)
+    with pytest.raises(RouteError, match="wire_dtype: expected one of"):
+        exact.with_policy(wire_dtype=torch.int8)
+
+
+def test_wire_dtype(gang: Gang, world_size: int) -> None:
+    gang.run(rounded, world_size)
