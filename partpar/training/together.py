@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,18 @@ class FirstRankError(PartparError, RuntimeError):
     r"""What rank 0 did for all ranks failed there; the message names its error."""
 
 
-def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None, timeout: float = 3600.0) -> Any:
+# Seconds that ranks wait for rank 0: more than in ordinary collectives, which would give up on a long cut.
+PATIENCE = 6 * 3600.0
+_patient_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+
+
+def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> Any:
     r"""Runs :obj:`work` on rank 0 alone while the others wait, and returns its value on every rank
     (collective).
 
     Args:
         work: What to do, such as cutting a graph. Returns something that JSON can carry.
         group: The process group, such as that of a context or a route; :obj:`None` when alone.
-        timeout: Seconds that the others wait: more than those of ordinary collectives, which would give up on
-            a long cut.
 
     Raises:
         FirstRankError: On every other rank, if rank 0 raised; rank 0 raises its own error.
@@ -39,27 +43,33 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None, timeo
     own = None if group is None else exchange.own_group(group)
     if own is None:
         return work()
-    patient = dist.new_group(
-        dist.get_process_group_ranks(own),
-        timeout=timedelta(seconds=timeout),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
+    patient = _patient_group(own)
+    if dist.get_rank(own) > 0:
+        told = _broadcast_text(None, patient)
+        if "error" in told:
+            raise FirstRankError(f"rank 0 failed with {told['error']}")
+        return told["value"]
     try:
-        if dist.get_rank(own) > 0:
-            told = _broadcast_text(None, patient)
-            if "error" in told:
-                raise FirstRankError(f"rank 0 failed with {told['error']}")
-            return told["value"]
-        try:
-            value = work()
-        except BaseException as error:
-            _broadcast_text({"error": f"{type(error).__name__}: {error}"}, patient)
-            raise
-        _broadcast_text({"value": value}, patient)
-        return value
-    finally:
-        dist.destroy_process_group(patient)
+        value = work()
+        message = {"value": json.loads(json.dumps(value))}
+    except BaseException as error:
+        _broadcast_text({"error": f"{type(error).__name__}: {error}"}, patient)
+        raise
+    _broadcast_text(message, patient)
+    return value
+
+
+def _patient_group(own: ProcessGroup) -> ProcessGroup:
+    r"""Made once for each group: torch would give a second one the name, and so the stale addresses, of the
+    first."""
+    if own not in _patient_groups:
+        _patient_groups[own] = dist.new_group(
+            dist.get_process_group_ranks(own),
+            timeout=timedelta(seconds=PATIENCE),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    return _patient_groups[own]
 
 
 def _broadcast_text(message: dict[str, Any] | None, group: ProcessGroup) -> dict[str, Any]:
