@@ -36,12 +36,14 @@ def aggregate_sum(adj: Adjacency, x: Tensor, weight: Tensor | None = None, out: 
     """
     rows, weight = _rows(adj, x, weight)
     if out is None:
-        return _like(weighted_sum(adj, rows, weight), adj, x)
+        return weighted_sum(adj, rows, weight)
     shape = (adj.num_dst, *x.shape[1:])
     if out.shape != shape or out.dtype != rows.dtype or out.device != x.device:
         raise GraphError(f"Expected `out` of {rows.dtype} {list(shape)} on {x.device}, found {out.dtype} "
                          f"{list(out.shape)} on {out.device}.")
-    return _like(add_weighted_sum(adj, rows, weight, out.view(adj.num_dst, *rows.shape[1:])), adj, x)
+    if not out.is_contiguous():
+        raise GraphError(f"Expected a contiguous `out`, found strides {out.stride()}. Use `out.contiguous()`.")
+    return add_weighted_sum(adj, rows, weight, out)
 
 
 def aggregate_mean(adj: Adjacency, x: Tensor) -> Tensor:
@@ -55,13 +57,13 @@ def aggregate_max(adj: Adjacency, x: Tensor) -> Tensor:
     Shapes and errors as for :func:`aggregate_sum`. NaN if any entry is.
     """
     rows, _ = _rows(adj, x, None)
-    return _like(extreme(adj, rows.view(adj.num_src, rows.size(1) * rows.size(2)), largest=True), adj, x)
+    return extreme(adj, rows, largest=True)
 
 
 def aggregate_min(adj: Adjacency, x: Tensor) -> Tensor:
     r"""The smallest entry over in-edges, as :func:`aggregate_max`."""
     rows, _ = _rows(adj, x, None)
-    return _like(extreme(adj, rows.view(adj.num_src, rows.size(1) * rows.size(2)), largest=False), adj, x)
+    return extreme(adj, rows, largest=False)
 
 
 def aggregate_softmax(adj: Adjacency, x: Tensor, logits: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -108,7 +110,7 @@ def aggregate_gat(adj: Adjacency, x: Tensor, a_src: Tensor, a_dst: Tensor, a_edg
 
 
 def _rows(adj: Adjacency, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    r"""Checks, and brings to ``[num_src, H, C]`` and ``[E, H or 1]`` of one dtype."""
+    r"""Checks, and makes the rows contiguous and the weight ``[E, H or 1]``, both of one dtype."""
     if x.dim() not in (2, 3) or x.size(0) != adj.num_src:
         raise GraphError(f"Expected rows of shape [{adj.num_src}, C] or [{adj.num_src}, H, C], one for each source, "
                          f"found {list(x.shape)}.")
@@ -116,13 +118,12 @@ def _rows(adj: Adjacency, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Ten
         raise GraphError(f"Expected rows of a floating-point dtype on {adj.device}, where the adjacency is, found "
                          f"{x.dtype} on {x.device}.")
     heads = x.size(1) if x.dim() == 3 else 1
-    rows = x.unsqueeze(1) if x.dim() == 2 else x
     if weight is None:
-        return rows.contiguous(), None
+        return x.contiguous(), None
     _check_edges(adj, weight, heads, "weight", x)
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    weight = weight.view(-1, 1) if weight.dim() == 1 else weight
-    return rows.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    weight = weight.unsqueeze(1) if weight.dim() == 1 else weight
+    return x.to(dtype).contiguous(), weight.to(dtype).contiguous()
 
 
 def _check_edges(adj: Adjacency, values: Tensor, heads: int, name: str, x: Tensor) -> None:
@@ -132,10 +133,6 @@ def _check_edges(adj: Adjacency, values: Tensor, heads: int, name: str, x: Tenso
     if not values.is_floating_point() or values.device != x.device:
         raise GraphError(f"Expected `{name}` of a floating-point dtype on {x.device}, found {values.dtype} on "
                          f"{values.device}.")
-
-
-def _like(rows: Tensor, adj: Adjacency, x: Tensor) -> Tensor:
-    return rows.view(adj.num_dst, *x.shape[1:])
 
 
 def _attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None, a_edge: Tensor | None,
@@ -149,18 +146,16 @@ def _attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | Non
             raise GraphError(f"Expected `{name}` of shape [{count}, {heads}], found {list(values.shape)}.")
     if a_edge is not None:
         _check_edges(adj, a_edge, heads, "logits" if a_src is None else "a_edge", x)
-        a_edge = a_edge.view(adj.num_edges, -1).expand(-1, heads)
+        a_edge = (a_edge.unsqueeze(1) if a_edge.dim() == 1 else a_edge).expand(-1, heads)
     if scale is not None:
         _check_edges(adj, scale, heads, "scale", x)
         if scale.requires_grad:
             raise GraphError("Expected a constant `scale`, found one that requires a gradient: it is a dropout mask. "
                              "Use `scale.detach()`.")
-        scale = scale.view(adj.num_edges, -1).expand(-1, heads)
+        scale = (scale.unsqueeze(1) if scale.dim() == 1 else scale).expand(-1, heads)
     dtype = x.dtype
     for values in (a_src, a_dst, a_edge):
         dtype = dtype if values is None else torch.promote_types(dtype, values.dtype)
     parts = [None if values is None else values.to(dtype).contiguous() for values in (rows, a_src, a_dst, a_edge, scale)]
     assert parts[0] is not None
-    if adj.num_edges == 0 or rows.numel() == 0:
-        return parts[0].new_zeros(adj.num_dst, *x.shape[1:]) + 0 * parts[0].sum()
     return attend(adj, parts[0], parts[1], parts[2], parts[3], slope, parts[4])

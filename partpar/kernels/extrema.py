@@ -1,4 +1,5 @@
 r"""The largest and the smallest row entry over in-edges. A gradient is split evenly over all tied entries."""
+import math
 from typing import Any
 
 import numpy as np
@@ -90,41 +91,62 @@ def extreme(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
 
     Args:
         adj (Adjacency): The edges.
-        x (Tensor): ``[num_src, C]``, contiguous.
+        x (Tensor): ``[num_src, *]``, contiguous.
         largest (bool): The largest, else the smallest.
 
     Returns:
-        Tensor ``[num_dst, C]``; zero for destinations without in-edges.
+        Tensor ``[num_dst, *]``; zero for destinations without in-edges.
     """
-    if x.device.type != "cpu":
-        return extreme_by_scatter(adj, x, largest)
-    out: Tensor = _Extreme.apply(adj, x, largest)
+    function = _Extreme if x.device.type == "cpu" else ExtremeByScatter
+    out: Tensor = function.apply(adj, x, largest)
     return out
 
 
-def extreme_by_scatter(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
-    r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, C]``."""
-    index = adj.destinations.to(torch.int64).view(-1, 1).expand(-1, x.size(1))
-    out = x.new_zeros(adj.num_dst, x.size(1))
-    return out.scatter_reduce(0, index, x.index_select(0, adj.indices), "amax" if largest else "amin",
-                              include_self=False)
+class ExtremeByScatter(torch.autograd.Function):
+    r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, *]``.
+
+    Not torch's own gradient of ``scatter_reduce(include_self=False)``: that takes the zeros of an empty result for one
+    more tied entry wherever the extreme is exactly zero.
+    """
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
+        index = adj.destinations.to(torch.int64).view(-1, *[1] * (x.dim() - 1)).expand(-1, *x.shape[1:])
+        out = x.new_zeros(adj.num_dst, *x.shape[1:])
+        out.scatter_reduce_(0, index, x.index_select(0, adj.indices), "amax" if largest else "amin", include_self=False)
+        ctx.adj = adj
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        x, out = ctx.saved_tensors
+        src, dst = ctx.adj.indices, ctx.adj.destinations
+        reached = (x.index_select(0, src) == out.index_select(0, dst)).to(grad.dtype)
+        count = torch.zeros_like(out).index_add_(0, dst, reached).clamp_(min=1)
+        return None, torch.zeros_like(x).index_add_(0, src, reached * (grad / count).index_select(0, dst)), None
+
+
+def _flat(rows: Tensor, columns: int) -> np.ndarray:
+    return rows.view(rows.size(0), columns).numpy()
 
 
 class _Extreme(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
         wide = accumulating(x)
-        out = torch.empty(adj.num_dst, x.size(1), dtype=wide.dtype)
+        columns = math.prod(x.shape[1:])
+        out = torch.empty(adj.num_dst, *x.shape[1:], dtype=wide.dtype)
         indptr = adj.indptr.numpy()
-        args = (indptr, adj.indices.numpy(), wide.numpy(), 1 if largest else -1, out.numpy())
+        args = (indptr, adj.indices.numpy(), _flat(wide, columns), 1 if largest else -1, _flat(out, columns))
         if ctx.needs_input_grad[1]:
             count = torch.empty_like(out)
-            for_rows(_extreme_rows_counting, indptr, x.size(1), (*args, count.numpy()))
+            for_rows(_extreme_rows_counting, indptr, columns, (*args, _flat(count, columns)))
             out = out.to(x.dtype)
             ctx.adj = adj
             ctx.save_for_backward(x, out, count)
             return out
-        for_rows(_extreme_rows, indptr, x.size(1), args)
+        for_rows(_extreme_rows, indptr, columns, args)
         return out.to(x.dtype)
 
     @staticmethod
@@ -133,7 +155,8 @@ class _Extreme(torch.autograd.Function):
         x, out, count = (accumulating(saved) for saved in ctx.saved_tensors)
         shared, there = accumulating(grad) / count, ctx.adj.transposed
         grad_x = torch.empty_like(x)
-        indptr = there.indptr.numpy()
-        for_rows(_give_rows, indptr, 2 * x.size(1),
-                 (indptr, there.indices.numpy(), out.numpy(), shared.numpy(), x.numpy(), grad_x.numpy()))
+        columns = math.prod(x.shape[1:])
+        for_rows(_give_rows, there.indptr.numpy(), 2 * columns,
+                 (there.indptr.numpy(), there.indices.numpy(),
+                  *(_flat(part, columns) for part in (out, shared, x, grad_x))))
         return None, grad_x.to(grad.dtype), None

@@ -3,6 +3,7 @@ r"""Sums over in-edges as functions that autograd knows: linear in rows, and bil
 Each derivative is one of the same two functions, on the adjacency or its transpose, so that derivatives of any order
 exist. No tensor of the size ``[E, C]`` is made.
 """
+import math
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ def weighted_sum(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
 
     Args:
         adj (Adjacency): The edges.
-        x (Tensor): ``[num_src, H, C]``, contiguous.
+        x (Tensor): ``[num_src, C]`` or ``[num_src, H, C]``, contiguous.
         weight (Tensor, optional): ``[E, H]`` or ``[E, 1]``, contiguous, in the dtype of :obj:`x`.
 
     Returns:
-        Tensor ``[num_dst, H, C]``.
+        Tensor ``[num_dst, C]`` or ``[num_dst, H, C]``.
     """
     out: Tensor = _WeightedSum.apply(adj, x, weight)
     return out
@@ -42,45 +43,53 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return None, *_gradients(ctx, grad, x, weight)
+        return None, *_gradients(ctx.adj, ctx.needs_input_grad[1:], grad, x, weight)
 
 
 class _AddWeightedSum(torch.autograd.Function):
+    # `base` comes first: where it is a view, autograd takes the first input for the one that is changed in place.
     @staticmethod
-    def forward(ctx: Any, adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor) -> Tensor:
+    def forward(ctx: Any, base: Tensor, adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.adj = adj
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
         ctx.mark_dirty(base)
-        return sum_into(adj, x, weight, base)
+        sum_into(adj, x, weight, base.detach())
+        return base
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return None, *_gradients(ctx, grad, x, weight), grad
+        return grad, None, *_gradients(ctx.adj, ctx.needs_input_grad[2:], grad, x, weight)
 
 
-def _gradients(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(adj: Adjacency, wanted: tuple[bool, ...], grad: Tensor, x: Tensor | None,
+               weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     grad_x = grad_weight = None
     grad = grad.contiguous()
-    if ctx.needs_input_grad[1]:
-        there = None if weight is None else ctx.adj.to_transpose(weight)
-        grad_x = weighted_sum(ctx.adj.transposed, grad, there)
-    if ctx.needs_input_grad[2]:
+    if wanted[0]:
+        grad_x = weighted_sum(adj.transposed, grad, None if weight is None else adj.to_transpose(weight))
+    if wanted[1]:
         assert weight is not None and x is not None
-        grad_weight = edge_dot(ctx.adj, grad, x)
+        grad_weight = edge_dot(adj, grad, x)
         if weight.size(1) != grad_weight.size(1):  # one weight for all heads
             grad_weight = grad_weight.sum(1, keepdim=True)
     return grad_x, grad_weight
 
 
 def add_weighted_sum(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor) -> Tensor:
-    r"""``base += weighted_sum(adj, x, weight)`` in place, touching only rows that have edges; differentiable."""
-    out: Tensor = _AddWeightedSum.apply(adj, x, weight, base)
+    r"""``base += weighted_sum(adj, x, weight)`` in place, touching only rows that have edges; differentiable.
+
+    :obj:`base` is contiguous and of the sum's shape and dtype.
+    """
+    out: Tensor = _AddWeightedSum.apply(base, adj, x, weight)
     return out
 
 
 def edge_dot(adj: Adjacency, g: Tensor, x: Tensor) -> Tensor:
-    r"""``out[e, h] = <g[dst(e), h], x[src(e), h]>``: ``[E, H]`` from ``[num_dst, H, C]`` and ``[num_src, H, C]``."""
+    r"""``out[e, h] = <g[dst(e), h], x[src(e), h]>``: ``[E, H]`` from ``[num_dst, H, C]`` and ``[num_src, H, C]``.
+
+    Rows without heads have one.
+    """
     out: Tensor = _EdgeDot.apply(adj, g, x)
     return out
 
@@ -90,6 +99,7 @@ class _EdgeDot(torch.autograd.Function):
     def forward(ctx: Any, adj: Adjacency, g: Tensor, x: Tensor) -> Tensor:
         ctx.adj = adj
         ctx.save_for_backward(g, x)
+        g, x = _with_heads(g), _with_heads(x)
         heads, width = x.shape[1:]
         if g.device.type != "cpu":
             rows = adj.destinations
@@ -119,58 +129,58 @@ def accumulating(x: Tensor) -> Tensor:
     return x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _with_heads(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
 def sum_into(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor | None) -> Tensor:
     r"""The value of :func:`weighted_sum`, added in place to :obj:`base` if one is given."""
-    heads, width = x.shape[1:]
-    if base is None and (adj.num_edges == 0 or heads * width == 0):
-        return x.new_zeros(adj.num_dst, heads, width)
-    if adj.num_edges == 0 or heads * width == 0:
-        return base
+    shape = (adj.num_dst, *x.shape[1:])
+    columns = math.prod(shape[1:])
+    if adj.num_edges == 0 or columns == 0:
+        return x.new_zeros(shape) if base is None else base
+    x = x.detach()
+    weight = None if weight is None else weight.detach()
     if x.device.type != "cpu":
-        out = _sum_on_device(adj, x, weight)
+        out = _sum_on_device(adj, _with_heads(x), weight).view(shape)
         return out if base is None else base.add_(out)
-    if base is None and x.dtype in BAG_DTYPES and (weight is None or weight.size(1) == 1):
-        return _sum_in_bags(adj, x, weight)
+    one_weight = weight is None or weight.size(1) == 1
+    if base is None and x.dtype in BAG_DTYPES and one_weight:
+        return _sum_in_bags(adj, x.view(adj.num_src, columns), weight).view(shape)
 
     wide = accumulating(x)
-    out = base if base is not None and base.dtype == wide.dtype and base.is_contiguous() else None
-    if out is None:
-        out = torch.zeros(adj.num_dst, heads, width, dtype=wide.dtype) if base is None else accumulating(base).clone()
+    if base is None:
+        out = torch.zeros(shape, dtype=wide.dtype)
+    else:
+        out = base.to(wide.dtype)  # itself, if it has that dtype
+    heads = 1 if one_weight else x.size(1)
+    rows, into = wide.view(-1, heads, columns // heads).numpy(), out.view(-1, heads, columns // heads).numpy()
     indptr, indices = adj.indptr.numpy(), adj.indices.numpy()
     if weight is None:
-        for_rows(add_rows, indptr, heads * width,
-                 (indptr, indices, wide.view(-1, heads * width).numpy(), out.detach().view(-1, heads * width).numpy()))
+        for_rows(add_rows, indptr, columns, (indptr, indices, rows[:, 0], into[:, 0]))
     else:
-        if weight.size(1) == 1:  # one head of all columns
-            wide, into = wide.view(-1, 1, heads * width), out.detach().view(-1, 1, heads * width)
-        else:
-            into = out.detach()
-        for_rows(add_weighted_rows, indptr, heads * width,
-                 (indptr, indices, accumulating(weight).numpy(), wide.numpy(), into.numpy()))
+        for_rows(add_weighted_rows, indptr, columns, (indptr, indices, accumulating(weight).numpy(), rows, into))
     if base is None:
         return out.to(x.dtype)
     return base if out is base else base.copy_(out)
 
 
 def _sum_in_bags(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
-    heads, width = x.shape[1:]
     indices = adj.indices.to(adj.offsets.dtype)  # both in 32 bits, unless there are 2**31 edges
-    out = torch._embedding_bag_forward_only(x.detach().reshape(-1, heads * width), indices, adj.offsets, False, 0, False,
-                                            None if weight is None else weight.detach().reshape(-1), True)[0]
-    return out.view(-1, heads, width)
+    return torch._embedding_bag_forward_only(x, indices, adj.offsets, False, 0, False,
+                                             None if weight is None else weight.reshape(-1), True)[0]
 
 
 def _sum_on_device(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
     r"""By the sparse product of torch where all columns share a weight, else head by head."""
     heads, width = x.shape[1:]
     if weight is not None and weight.size(1) > 1:
-        return torch.stack([_sum_on_device(adj, x[:, h:h + 1].contiguous(), weight[:, h:h + 1]) for h in range(heads)],
-                           1).view(-1, heads, width)
-    wide = x.detach().reshape(-1, heads * width)
+        parts = [_sum_on_device(adj, x[:, h:h + 1], weight[:, h:h + 1]) for h in range(heads)]
+        return torch.stack(parts, 1)
+    wide = x.reshape(-1, heads * width)
     wide = wide.to(torch.float32) if wide.dtype in (torch.bfloat16, torch.float16) else wide
     matrix = adj.torch_csr(wide.dtype)
     if weight is not None:
         matrix = torch.sparse_csr_tensor(matrix.crow_indices(), matrix.col_indices(),
-                                         weight.detach().reshape(-1).to(wide.dtype), size=matrix.shape,
-                                         check_invariants=False)
-    return (matrix @ wide).view(-1, heads, width).to(x.dtype)
+                                         weight.reshape(-1).to(wide.dtype), size=matrix.shape, check_invariants=False)
+    return (matrix @ wide).to(x.dtype)
