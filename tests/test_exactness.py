@@ -7,6 +7,7 @@ Errors are max ``|a - b| / max(1, |b|)`` unless said otherwise.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from partpar.nn import global_mean
 STEPS = 20
 GRAPHS = ("directed", "cora", "citeseer")
 ALGORITHMS = ("metis", "multi-constraint-metis", "ldg", "random", "given")
-MODELS = ("GCN", "GraphSAGE", "GAT", "GIN", "user's")
+ZOO, USERS = ("GCN", "GraphSAGE", "GAT", "GIN"), "user's"
 OPTIONS = {"GAT": {"heads": 2}}
 
 
@@ -77,13 +78,28 @@ class UserNet(PlainNet):
         return self.lin(self.second(x, edge_index, route))
 
 
-def build(zoo: Any, name: str, num_features: int, num_classes: int, **options: Any) -> torch.nn.Module:
-    r"""PyG's model (``zoo`` is :mod:`torch_geometric.nn`) or ours (:mod:`partpar.models`)."""
+def build(zoo: Any, data: Any, **options: Any) -> torch.nn.ModuleDict:
+    r"""All of PyG's models (``zoo`` is :mod:`torch_geometric.nn`) or ours (:mod:`partpar.models`)."""
     torch.manual_seed(1)
-    if name == "user's":
-        return (PlainNet if zoo is pyg else UserNet)(num_features, 8, num_classes)
-    layers = 3 if num_features == 8 else 2
-    return getattr(zoo, name)(num_features, 8, layers, num_classes, norm="batch_norm", **OPTIONS.get(name, {}), **options)
+    num_features, num_classes = data["num_features"], data["num_classes"]
+    built = {
+        name: getattr(zoo, name)(num_features, 8, 2, num_classes, norm="batch_norm", **OPTIONS.get(name, {}), **options)
+        for name in ZOO
+    }
+    built[USERS] = (PlainNet if zoo is pyg else UserNet)(num_features, 8, num_classes)
+    return torch.nn.ModuleDict(built)
+
+
+class Losses(torch.nn.Module):
+    r"""``[models]``, the loss of each. Models have no weight in common, so training them by the sum of their losses is
+    training each by its own, and one pass of :class:`DistributedDataParallel` serves all."""
+
+    def __init__(self, built: torch.nn.ModuleDict, loss_of: Callable[[torch.nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.built, self.loss_of = built, loss_of
+
+    def forward(self) -> Tensor:
+        return torch.stack([self.loss_of(model) for model in self.built.values()])
 
 
 class Run(NamedTuple):
@@ -92,55 +108,63 @@ class Run(NamedTuple):
     weights: Tensor  # [parameters]
 
 
-def train(model: torch.nn.Module, loss_of: Any, optimizer: str, steps: int) -> Run:
-    weights = list(model.parameters())
-    optim = torch.optim.SGD(weights, lr=0.1) if optimizer == "SGD" else torch.optim.Adam(weights, lr=0.01)
-    losses, grads = [], []
-    for _ in range(steps):
-        optim.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        losses.append(loss.detach())
-        grads.append(torch.cat([w.grad.flatten() for w in weights]))
-        optim.step()
-    return Run(torch.stack(losses), torch.stack(grads), torch.cat([w.detach().flatten() for w in weights]))
+class Plan(NamedTuple):
+    optimizer: str = "SGD"
+    dtype: torch.dtype = torch.float64
+    dropout: float = 0.0
+    steps: int = STEPS
 
 
-# What is trained, and how: key, optimiser, dtype, dropout, steps.
-PLANS = [("SGD", "SGD", torch.float64, 0.0, STEPS), ("Adam", "Adam", torch.float64, 0.0, STEPS), ("float32", "SGD", torch.float32, 0.0, 1)]
-DROPOUT = [("dropout", "SGD", torch.float64, 0.5, 5)]
+SGD, ADAM, FLOAT32, DROPOUT = Plan(), Plan("Adam"), Plan(dtype=torch.float32, steps=1), Plan(dropout=0.5, steps=5)
+PLANS = (SGD, ADAM, FLOAT32)
 
 
-def worker_case(worker: Worker, root: Path, algorithm: str, states: dict[str, Any], plans: list[Any]) -> dict[tuple[str, str], Run]:
+def train(losses_of: torch.nn.Module, built: torch.nn.ModuleDict, plan: Plan) -> dict[str, Run]:
+    optimizer = torch.optim.SGD(built.parameters(), lr=0.1)
+    if plan.optimizer == "Adam":
+        optimizer = torch.optim.Adam(built.parameters(), lr=0.01)
+    losses: list[Tensor] = []
+    grads: dict[str, list[Tensor]] = {name: [] for name in built}
+    for _ in range(plan.steps):
+        optimizer.zero_grad()
+        values = losses_of()
+        values.sum().backward()
+        losses.append(values.detach())
+        for name, model in built.items():
+            grads[name].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        optimizer.step()
+    weights = {name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in built.items()}
+    return {name: Run(torch.stack(losses)[:, i], torch.stack(grads[name]), weights[name]) for i, name in enumerate(built)}
+
+
+def worker_case(worker: Worker, root: Path, algorithm: str, state: dict[str, Tensor], plans: tuple[Plan, ...]) -> dict[Plan, Any]:
     r"""Trains all models through DDP on this worker's share."""
     share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
     route = share.to_route(worker.group)
     frame, edge_index = share.node("dst"), share.edge_index()
-    num_classes = share.meta()["num_classes"]
     runs = {}
-    for name, state in states.items():
-        for key, optimizer, dtype, p, steps in plans:
-            x = frame["x"].to(dtype)
-            options = {"dropout": p} if p else {}
-            model = build(models, name, x.size(1), num_classes, **options)
-            model.load_state_dict(state)
-            parallel = DistributedDataParallel(model.to(dtype), process_group=worker.group, broadcast_buffers=False)
+    for plan in plans:
+        built = build(models, share.meta(), **({"dropout": plan.dropout} if plan.dropout else {}))
+        built.load_state_dict(state)
+        x = frame["x"].to(plan.dtype)
 
-            def loss_of(model: torch.nn.Module, x: Tensor = x) -> Tensor:
-                out = model(x, edge_index, route)
-                return global_mean(F.cross_entropy(out, frame["y"], reduction="none"), frame["train_mask"], route)
+        def loss_of(model: torch.nn.Module, x: Tensor = x) -> Tensor:
+            out = model(x, edge_index, route)
+            return global_mean(F.cross_entropy(out, frame["y"], reduction="none"), frame["train_mask"], route)
 
-            runs[name, key] = train(parallel, loss_of, optimizer, steps)
+        losses = Losses(built.to(plan.dtype), loss_of)
+        parallel = DistributedDataParallel(losses, process_group=worker.group, broadcast_buffers=False)
+        runs[plan] = train(parallel, built, plan)
     return runs
 
 
-# --- the reference, once per graph and model ----------------------------------------------------------------------------
+# --- the reference, once per graph --------------------------------------------------------------------------------------
 
 
 @functools.cache
 def load(graph: str) -> Data:
     if graph == "directed":
-        return Data(**directed_graph().to_dict(), num_classes=4)
+        return Data(**directed_graph().to_dict(), num_features=8, num_classes=4)
     data = load_npz_graph(graph)
     project = torch.randn(data.x.size(1), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return Data(
@@ -149,31 +173,34 @@ def load(graph: str) -> Data:
         edge_index=data.edge_index.long(),
         train_mask=data.train_mask.bool(),
         num_nodes=data.num_nodes,
+        num_features=16,
         num_classes=int(data.y.max()) + 1,
     )
 
 
 @functools.cache
-def reference(graph: str, name: str) -> tuple[dict[str, Tensor], dict[str, Run], Tensor]:
-    r"""Initial weights, PyG's runs, and which parameters are biases that feed a norm."""
+def reference(graph: str) -> tuple[dict[str, Tensor], dict[Plan, dict[str, Run]], dict[str, Tensor]]:
+    r"""Initial weights, the runs of PyG's models, and which of their parameters are biases that feed a norm."""
     data, runs = load(graph), {}
-    for key, optimizer, dtype, _, steps in PLANS:
-        model = build(pyg, name, data.x.size(1), data.num_classes)
-        state = {k: v.clone() for k, v in model.state_dict().items()}
-        model = model.to(dtype)
+    for plan in PLANS:
+        built = build(pyg, data)
+        state = {key: value.clone() for key, value in built.state_dict().items()}
 
-        def loss_of(model: torch.nn.Module, x: Tensor = data.x.to(dtype)) -> Tensor:
+        def loss_of(model: torch.nn.Module, x: Tensor = data.x.to(plan.dtype)) -> Tensor:
             return F.cross_entropy(model(x, data.edge_index)[data.train_mask], data.y[data.train_mask])
 
-        runs[key] = train(model, loss_of, optimizer, steps)
-    feeds = torch.cat([torch.full((p.numel(),), feeds_a_norm(name, k, model)) for k, p in model.named_parameters()])
+        runs[plan] = train(Losses(built.to(plan.dtype), loss_of), built, plan)
+    feeds = {
+        name: torch.cat([torch.full((p.numel(),), feeds_a_norm(name, key, model)) for key, p in model.named_parameters()])
+        for name, model in built.items()
+    }
     return state, runs, feeds
 
 
 def feeds_a_norm(name: str, parameter: str, model: torch.nn.Module) -> bool:
     r"""Whether a parameter is a bias that the next norm takes away again: its gradient is 0 but for rounding, which
     Adam blows up to full steps."""
-    if name == "user's" or not parameter.startswith("convs.") or not parameter.endswith("bias") or ".norms." in parameter:
+    if name == USERS or not parameter.startswith("convs.") or not parameter.endswith("bias") or ".norms." in parameter:
         return False
     last = parameter.startswith(f"convs.{len(model.convs) - 1}.")
     return not last or ".nn.lins.0." in parameter
@@ -209,42 +236,47 @@ def partitions(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_training_is_that_of_one_process(gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str) -> None:
-    references = {name: reference(graph, name) for name in MODELS}
-    states = {name: state for name, (state, _, _) in references.items()}
+    state, expected, feeds = reference(graph)
     root = partitions(graph, algorithm, world_size)
-    results = gang.run(worker_case, world_size, root, algorithm, states, PLANS, timeout=120)
+    results = gang.run(worker_case, world_size, root, algorithm, state, PLANS, timeout=120)
     wrong = {}
     for rank, runs in enumerate(results):
-        for name, (_, expected, feeds) in references.items():
-            sgd, adam, single = (runs[name, key] for key in ("SGD", "Adam", "float32"))
+        for name in (*ZOO, USERS):
+            sgd, adam, single = (runs[plan][name] for plan in PLANS)
+            sgd_one, adam_one, single_one = (expected[plan][name] for plan in PLANS)
             errors = {
-                "SGD losses": error(sgd.losses, expected["SGD"].losses),
-                "SGD gradients": error(sgd.grads, expected["SGD"].grads),
-                "SGD parameters": error(sgd.weights, expected["SGD"].weights),
-                "Adam losses": error(adam.losses, expected["Adam"].losses),
-                "Adam parameters": error(adam.weights[~feeds], expected["Adam"].weights[~feeds]),
+                "SGD losses": error(sgd.losses, sgd_one.losses),
+                "SGD gradients": error(sgd.grads, sgd_one.grads),
+                "SGD parameters": error(sgd.weights, sgd_one.weights),
+                "Adam losses": error(adam.losses, adam_one.losses),
+                "Adam parameters": error(adam.weights[~feeds[name]], adam_one.weights[~feeds[name]]),
             }
             wrong |= {(rank, name, what): e for what, e in errors.items() if not e < 1e-10}
             for what in ("losses", "grads"):  # relative to the largest entry
-                a, b = getattr(single, what), getattr(expected["float32"], what)
+                a, b = getattr(single, what), getattr(single_one, what)
                 e = float((a - b).abs().max() / b.abs().max())
                 wrong |= {(rank, name, f"float32 {what}"): e} if not e < 1e-5 else {}
     assert not wrong
 
 
+def test_the_reference_learns() -> None:
+    r"""Losses that did not move would agree without saying anything."""
+    for plan in (SGD, ADAM):
+        for name, run in reference("directed")[1][plan].items():
+            assert float(run.losses[-1]) < float(run.losses[0]) - 0.02, name
+            assert run.grads.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_dropout_agrees_for_any_number_of_workers(gang: Gang, partitions: Any, graph: str) -> None:
-    names = [name for name in MODELS if name != "user's"]
-    states = {name: reference(graph, name)[0] for name in names}
+    state, expected, _ = reference(graph)
     runs = {}
-    for num_parts in (1, 2, 3, 4):
-        for algorithm in ("metis", "given"):
-            root = partitions(graph, algorithm, num_parts)
-            runs[num_parts, algorithm] = gang.run(worker_case, num_parts, root, algorithm, states, DROPOUT)[0]
-    for name in names:
-        alone = runs[1, "metis"][name, "dropout"]
-        plain = reference(graph, name)[1]["SGD"]
-        assert error(alone.losses, plain.losses[: alone.losses.numel()]) > 1e-3, "dropout does something"
+    for num_parts, algorithm in ((1, "metis"), (2, "given"), (2, "metis"), (3, "metis"), (4, "ldg")):
+        root = partitions(graph, algorithm, num_parts)
+        runs[num_parts, algorithm] = gang.run(worker_case, num_parts, root, algorithm, state, (DROPOUT,))[0][DROPOUT]
+    for name in ZOO:
+        alone = runs[1, "metis"][name]
+        assert error(alone.losses, expected[SGD][name].losses[: DROPOUT.steps]) > 1e-3, "dropout does something"
         for where, run in runs.items():
-            assert error(run[name, "dropout"].losses, alone.losses) < 1e-10, (name, where)
-            assert error(run[name, "dropout"].grads, alone.grads) < 1e-10, (name, where)
+            assert error(run[name].losses, alone.losses) < 1e-10, (name, where)
+            assert error(run[name].grads, alone.grads) < 1e-10, (name, where)
