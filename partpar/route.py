@@ -148,14 +148,14 @@ class Route:
         Raises:
             RouteError: Rows, dtype, trailing shape or ``requires_grad`` do not fit; on every rank.
         """
-        self._check("apply", x, self.num_owned)
+        self.check("apply", x)
         out: Tensor = Apply.apply(x, self, self.blocks)
         return out if self.order is None else out.index_select(0, self.order)
 
     def apply_begin(self, x: Tensor) -> RouteInFlight:
         r"""Begins an :meth:`apply`: interior work may be done before :meth:`RouteInFlight.wait`. In the backward pass
         likewise, the halo's gradient leaves before the interior's is computed. Several may be in flight."""
-        self._check("apply_begin", x, self.num_owned)
+        self.check("apply_begin", x)
         return RouteInFlight(x, self)
 
     def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
@@ -170,7 +170,7 @@ class Route:
             ``[num_owned, *]``; a row without any copy is 0.
         """
         wrong = None if op in REDUCTIONS else f"reduce: expected op to be one of {', '.join(REDUCTIONS)}; found {op!r}"
-        self._check(f"reduce({op})", x, self.num_src, wrong)
+        self.check(f"reduce({op})", x, self.num_src, wrong)
         if op == "sum":
             return self.sum_copies(x)
         ones = x.new_ones((self.num_src, *[1] * (x.dim() - 1)), requires_grad=False)
@@ -217,10 +217,18 @@ class Route:
             _checks=exchange.Checks(),
         )
 
-    # --- within -------------------------------------------------------------------------------------------------
+    # --- for those who move rows by this plan -------------------------------------------------------------------
 
-    def _check(self, what: str, x: Tensor, num_rows: int, wrong: str | None = None) -> None:
-        """Refuses bad rows on every rank before any rank sends."""
+    def check(self, what: str, x: Tensor, num_rows: int | None = None, wrong: str | None = None) -> None:
+        r"""Refuses bad rows on every rank before any rank sends.
+
+        Args:
+            what: The call's name, for messages.
+            x: The rows.
+            num_rows: How many are expected; by default one for each owned node.
+            wrong: What this rank found wrong already.
+        """
+        num_rows = self.num_owned if num_rows is None else num_rows
         if wrong is None and not isinstance(x, Tensor):
             wrong = f"{what}: expected a tensor of {num_rows} rows, found {type(x).__name__}"
         if wrong is None and (x.dim() == 0 or x.size(0) != num_rows):
@@ -237,7 +245,7 @@ class Route:
             raise RouteError(wrong)
 
     def sum_copies(self, x: Tensor) -> Tensor:
-        """``reduce(x, "sum")`` without its checks."""
+        r"""``reduce(x, "sum")`` without its checks."""
         if self.order is not None:
             x = x.new_zeros((self.num_owned + self.num_halo, *x.shape[1:])).index_add(0, self.order, x)
         return ReduceSum.apply(x, self, self.blocks)
