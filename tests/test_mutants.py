@@ -1,0 +1,198 @@
+r"""Mistakes put in on purpose, each of which the comparison with one process must notice; listed in ``MUTANTS.rst``.
+
+Each mutant breaks one promise inside the workers, in one place. The same comparison without any passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from gang import Gang, Worker
+from graphs import directed_graph
+from shares import HandmadeShare, assignments, cut
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from partpar import exchange, models, nn, route
+
+NAMES = ("GCN", "GraphSAGE", "GAT", "GIN")
+Patch = pytest.MonkeyPatch
+
+
+def drop_a_halo_row(patch: Patch, share: HandmadeShare) -> None:
+    apply = route.Route.apply
+
+    def mutant(self: route.Route, x: Tensor) -> Tensor:
+        keep = torch.ones(self.num_src, *[1] * (x.dim() - 1), dtype=x.dtype)
+        keep[self.num_src - 1 :] = 0
+        return apply(self, x) * keep
+
+    patch.setattr(route.Route, "apply", mutant)
+
+
+def swap_two_halo_rows(patch: Patch, share: HandmadeShare) -> None:
+    apply = route.Route.apply
+
+    def mutant(self: route.Route, x: Tensor) -> Tensor:
+        order = torch.arange(self.num_src)
+        order[-2:] = order[-2:].flip(0)
+        return apply(self, x)[order]
+
+    patch.setattr(route.Route, "apply", mutant)
+
+
+def keep_halo_gradients(patch: Patch, share: HandmadeShare) -> None:
+    apply = route.Route.apply
+
+    def mutant(self: route.Route, x: Tensor) -> Tensor:
+        out = apply(self, x)
+        return torch.cat([out[: self.num_owned], out[self.num_owned :].detach()])
+
+    patch.setattr(route.Route, "apply", mutant)
+
+
+def swap_two_edges(patch: Patch, share: HandmadeShare) -> None:
+    source, destination = share.edge_index
+    other = int((source[0] != source).logical_and(destination[0] != destination).nonzero()[0])
+    source[[0, other]] = source[[other, 0]]
+
+
+def forget_an_edge(patch: Patch, share: HandmadeShare) -> None:
+    share.edge_index = share.edge_index[:, 1:]
+
+
+def local_statistics(patch: Patch, share: HandmadeShare) -> None:
+    forward = nn.SyncBatchNorm.forward
+    patch.setattr(nn.SyncBatchNorm, "forward", lambda self, x, route=None: forward(self, x, None))
+
+
+def local_statistics_backwards(patch: Patch, share: HandmadeShare) -> None:
+    patch.setattr(exchange._AllReduceSum, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+
+
+def rank_weighted_statistics(patch: Patch, share: HandmadeShare) -> None:
+    r"""All ranks count alike, however many rows they have."""
+    gather = nn.norm._gather
+
+    def mutant(own: Tensor, route: Any) -> Tensor:
+        slots = gather(own, route).clone()
+        rows = slots[:, 3].clamp(min=1)
+        return torch.stack([slots[:, 0] / rows, slots[:, 1] / rows, slots[:, 2], torch.ones_like(rows)], 1)
+
+    patch.setattr(nn.norm, "_gather", mutant)
+
+
+def local_degrees(patch: Patch, share: HandmadeShare) -> None:
+    def mutant(x: Tensor, route: Any) -> Tensor:
+        halo = torch.bincount(share.edge_index[0], minlength=route.num_src)[route.num_owned :]
+        return torch.cat([x, halo.clamp(min=1).to(x.dtype).pow(-0.5)]) if x.dim() == 1 else route.apply(x)
+
+    patch.setattr(nn.gcn, "with_halo", mutant)
+
+
+def local_count(patch: Patch, share: HandmadeShare) -> None:
+    def mutant(loss_per_row: Tensor, mask: Tensor, route: Any) -> Tensor:
+        return loss_per_row[mask].sum() / mask.sum().clamp(min=1)
+
+    patch.setattr(nn.loss, "global_mean", mutant)
+
+
+def unscaled_gradient(patch: Patch, share: HandmadeShare) -> None:
+    patch.setattr(nn.loss._GlobalMean, "backward", staticmethod(lambda ctx, grad: (grad, None, None)))
+
+
+def drop_by_local_id(patch: Patch, share: HandmadeShare) -> None:
+    forward = nn.Dropout.forward
+    patch.setattr(nn.Dropout, "forward", lambda self, x, route=None: forward(self, x, None))
+
+
+def drop_edges_by_local_id(patch: Patch, share: HandmadeShare) -> None:
+    drop = nn.Dropout.drop_edges
+    patch.setattr(nn.Dropout, "drop_edges", lambda self, x, edges, route=None: drop(self, x, edges, None))
+
+
+# Each mutant, and the model that it is seen on.
+MUTANTS: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
+    (drop_a_halo_row, "GraphSAGE"),
+    (swap_two_halo_rows, "GIN"),
+    (keep_halo_gradients, "GCN"),
+    (swap_two_edges, "GAT"),
+    (forget_an_edge, "GCN"),
+    (local_statistics, "GIN"),
+    (local_statistics_backwards, "GraphSAGE"),
+    (rank_weighted_statistics, "GCN"),
+    (local_degrees, "GCN"),
+    (local_count, "GAT"),
+    (unscaled_gradient, "GraphSAGE"),
+    (drop_by_local_id, "GIN"),
+    (drop_edges_by_local_id, "GAT"),
+]
+
+
+def compare(worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None) -> tuple[float, float]:
+    r"""The largest errors of three steps' losses and gradients, without dropout against PyG in one process, with
+    dropout against ours in one process."""
+    data = directed_graph()
+    share = cut(data, assignments(data.num_nodes, worker.world_size)["even"], worker.rank, worker.group)
+    trained: list[tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]] = []
+    for p in (0.0, 0.5):
+        torch.manual_seed(0)
+        options = {"norm": "batch_norm", "dropout": p, **({"heads": 2} if name == "GAT" else {})}
+        model = getattr(models, name)(8, 8, 2, 4, **options).double()
+        one = getattr(pyg if p == 0 else models, name)(8, 8, 2, 4, **options).double()
+        one.load_state_dict(model.state_dict())
+
+        def loss(one: torch.nn.Module = one) -> Tensor:
+            return F.cross_entropy(one(data.x, data.edge_index)[data.train_mask], data.y[data.train_mask])
+
+        trained.append((model, [step(one, loss) for _ in range(3)]))
+
+    worst = [0.0, 0.0]
+    with Patch.context() as patch:
+        if mutate is not None:
+            mutate(patch, share)
+        for i, (model, expected) in enumerate(trained):
+            parallel = DistributedDataParallel(model, process_group=worker.group, broadcast_buffers=False)
+
+            def own_loss(parallel: torch.nn.Module = parallel) -> Tensor:
+                out = parallel(share.node("x"), share.edge_index, share.route)
+                rows = F.cross_entropy(out, share.node("y"), reduction="none")
+                return nn.loss.global_mean(rows, share.node("train_mask"), share.route)
+
+            for pair in expected:
+                for a, b in zip(step(model, own_loss), pair, strict=True):
+                    worst[i] = max(worst[i], float(((a - b).abs() / b.abs().clamp(min=1)).max()))
+    return worst[0], worst[1]
+
+
+def step(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    r"""One step of gradient descent; the loss and the gradients that it took."""
+    model.zero_grad()
+    loss = loss_of()
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_mutant_all_agree(gang: Gang, name: str) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, None)) < 1e-10
+
+
+@pytest.mark.parametrize(("mutate", "name"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS])
+def test_mutant_is_noticed(gang: Gang, mutate: Callable[[Patch, HandmadeShare], None], name: str) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, mutate)) > 1e-6
+
+
+def test_all_are_listed() -> None:
+    listed = Path(__file__).with_name("MUTANTS.rst").read_text()
+    assert [mutate.__name__ for mutate, _ in MUTANTS if f"``{mutate.__name__}``" not in listed] == []
