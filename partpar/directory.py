@@ -28,7 +28,9 @@ class Tables:
     order: Tensor | None
 
 
-def from_offsets(halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None, agreed: dict[str, int]) -> Tables:
+def from_offsets(
+    halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None, agreed: dict[str, int]
+) -> Tables:
     r"""Tables of a share's route, in one exchange of ids (collective).
 
     Args:
@@ -53,7 +55,11 @@ def from_offsets(halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None, 
     asked, send_splits = exchange.swap_rows(halo_ids - offsets[owners], recv_splits, group)
     num_owned = int(owned[rank])
     outside = asked[(asked < 0) | (asked >= num_owned)]
-    wrong = f"to_route: a peer asked for row {int(outside[0])} of the {num_owned} rows owned here" if outside.numel() else None
+    wrong = (
+        f"to_route: a peer asked for row {int(outside[0])} of the {num_owned} rows owned here"
+        if outside.numel()
+        else None
+    )
     exchange.agree(group, "to_route", {}, wrong)
     return Tables(num_owned, halo_ids.numel(), asked, tuple(send_splits), tuple(recv_splits), None)
 
@@ -109,13 +115,17 @@ def from_raw_ids(src_ids: Tensor, dst_ids: Tensor, group: ProcessGroup | None) -
     all_ids, all_rows = torch.cat([dst_ids, halo_ids]).sort()
     order = all_rows[torch.searchsorted(all_ids, src_ids)] if src_ids.numel() else src_ids
     straight = torch.equal(order, torch.arange(num_owned + num_halo))
-    return Tables(num_owned, num_halo, send_index, tuple(send_splits), tuple(recv_splits), None if straight else order)
+    return Tables(
+        num_owned, num_halo, send_index, tuple(send_splits), tuple(recv_splits), None if straight else order
+    )
 
 
 def _post(rows: Tensor, to: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Sends each row to a rank; returns the rows received and the rank each came from."""
     _, world_size = exchange.rank_and_size(group)
-    received, splits = exchange.swap_rows(rows[to.argsort(stable=True)], torch.bincount(to, minlength=world_size).tolist(), group)
+    received, splits = exchange.swap_rows(
+        rows[to.argsort(stable=True)], torch.bincount(to, minlength=world_size).tolist(), group
+    )
     return received, torch.repeat_interleave(torch.arange(world_size), torch.tensor(splits))
 
 
@@ -135,4 +145,8 @@ def _check_ids(name: str, ids: Tensor) -> str | None:
 def _check_unique(dst_ids: Tensor) -> str | None:
     ids = dst_ids.sort().values
     twice = ids[1:][ids[1:] == ids[:-1]]
-    return f"from_raw_ids: expected each id once in dst_ids, found id {int(twice[0])} more than once" if twice.numel() else None
+    return (
+        f"from_raw_ids: expected each id once in dst_ids, found id {int(twice[0])} more than once"
+        if twice.numel()
+        else None
+    )

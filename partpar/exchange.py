@@ -67,13 +67,17 @@ def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
         return None
     parent = dist.group.WORLD if parent is None else parent
     if parent is None or parent == dist.GroupMember.NON_GROUP_MEMBER:
-        raise RouteError("expected a process group that this rank is a member of, found one that it is not in")
+        raise RouteError(
+            "expected a process group that this rank is a member of, found one that it is not in"
+        )
     if dist.get_world_size(parent) == 1:
         return None
     own = _own_groups.get(parent)
     if own is None:
         ranks = dist.get_process_group_ranks(parent)
-        own = dist.new_group(ranks, timeout=_timeout(parent), backend=dist.get_backend(parent), use_local_synchronization=True)
+        own = dist.new_group(
+            ranks, timeout=_timeout(parent), backend=dist.get_backend(parent), use_local_synchronization=True
+        )
         _own_groups[parent] = own
         _own_groups[own] = own  # a route may be built beside another one's group
     return own
@@ -92,7 +96,11 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 
 def _wire_device(group: ProcessGroup) -> torch.device | None:
     """gloo talks from host memory, NCCL from the current GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend(group) == "nccl"
+        else torch.device("cpu")
+    )
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -113,7 +121,9 @@ class Checks:
         return self.always or self.calls <= _CHECKED_CALLS
 
 
-def agree(group: ProcessGroup | None, what: str, fields: dict[str, int], error: str | None = None) -> list[dict[str, int]]:
+def agree(
+    group: ProcessGroup | None, what: str, fields: dict[str, int], error: str | None = None
+) -> list[dict[str, int]]:
     r"""Compares what each rank is about to do, before any rank does it.
 
     Args:
@@ -138,25 +148,34 @@ def agree(group: ProcessGroup | None, what: str, fields: dict[str, int], error: 
     buffer = torch.zeros(_NUM_FIELDS * 8 + _TEXT_BYTES, dtype=torch.uint8)
     numbers = torch.tensor([int(error is not None), len(text), *fields.values()], dtype=torch.int64)
     buffer[: numbers.numel() * 8] = numbers.view(torch.uint8)
-    buffer[_NUM_FIELDS * 8 : _NUM_FIELDS * 8 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    buffer[_NUM_FIELDS * 8 : _NUM_FIELDS * 8 + len(text)] = torch.frombuffer(
+        bytearray(text), dtype=torch.uint8
+    )
     mine = buffer.to(_wire_device(group))
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     headers = [g.cpu() for g in gathered]
 
     rows = [h[: _NUM_FIELDS * 8].view(torch.int64).tolist() for h in headers]
-    texts = [bytes(h[_NUM_FIELDS * 8 : _NUM_FIELDS * 8 + r[1]].tolist()).decode(errors="replace") for h, r in zip(headers, rows, strict=True)]
+    texts = [
+        bytes(h[_NUM_FIELDS * 8 : _NUM_FIELDS * 8 + r[1]].tolist()).decode(errors="replace")
+        for h, r in zip(headers, rows, strict=True)
+    ]
     failed = [f"rank {rank}: {texts[rank]}" for rank, row in enumerate(rows) if row[0]]
     if failed:
         raise RouteError("; ".join(failed))
     for rank, other in enumerate(texts):
         if other != texts[0]:
-            raise AgreementError(f"ranks are in different calls: rank 0 in {texts[0]}, rank {rank} in {other}; every rank must make the same calls in the same order")
+            raise AgreementError(
+                f"ranks are in different calls: rank 0 in {texts[0]}, rank {rank} in {other}; every rank must make the same calls in the same order"
+            )
     told = [dict(zip(fields, row[2:], strict=False)) for row in rows]
     for name in fields:
         for rank, values in enumerate(told):
             if not name.startswith("_") and values[name] != told[0][name]:
-                raise AgreementError(f"{what}: ranks disagree on {name}: rank 0 has {_show(name, told[0][name])}, rank {rank} has {_show(name, values[name])}; pass the same on every rank")
+                raise AgreementError(
+                    f"{what}: ranks disagree on {name}: rank 0 has {_show(name, told[0][name])}, rank {rank} has {_show(name, values[name])}; pass the same on every rank"
+                )
     return told
 
 
@@ -167,7 +186,12 @@ def tensor_fields(x: Tensor) -> dict[str, int]:
     r"""What two tensors must share so that their rows can be exchanged: dtype, trailing shape, and whether a backward
     pass will follow."""
     dims = {f"size of dimension {i + 1}": n for i, n in enumerate(x.shape[1:9])}
-    return {"dtype": _DTYPES.index(x.dtype), "requires_grad": int(x.requires_grad), "number of dimensions": x.dim(), **dims}
+    return {
+        "dtype": _DTYPES.index(x.dtype),
+        "requires_grad": int(x.requires_grad),
+        "number of dimensions": x.dim(),
+        **dims,
+    }
 
 
 def _show(name: str, value: int) -> str:
@@ -189,7 +213,9 @@ class RowsInFlight:
         sent: The send buffer, which must outlive the exchange.
     """
 
-    def __init__(self, out: Tensor, work: Any = None, landing: Tensor | None = None, sent: Tensor | None = None) -> None:
+    def __init__(
+        self, out: Tensor, work: Any = None, landing: Tensor | None = None, sent: Tensor | None = None
+    ) -> None:
         self._out, self._work, self._landing, self._sent = out, work, landing, sent
 
     def wait(self) -> Tensor:
@@ -198,7 +224,9 @@ class RowsInFlight:
             self._work.wait()
             if self._landing is not None and self._landing is not self._out:
                 as_bytes = self._landing.dtype == torch.uint8 != self._out.dtype
-                self._out.copy_(self._landing.view(self._out.dtype).view(self._out.shape) if as_bytes else self._landing)
+                self._out.copy_(
+                    self._landing.view(self._out.dtype).view(self._out.shape) if as_bytes else self._landing
+                )
             meter.seconds += time.perf_counter() - start
             self._work = self._landing = self._sent = None
         return self._out
@@ -241,7 +269,9 @@ def send_rows(
     wire = wire.to(_wire_device(group))
     if wire.dtype != out.dtype or wire.device != out.device or not out.is_contiguous():
         landing = wire.new_empty((sum(recv_splits), *wire.shape[1:]))
-    work = dist.all_to_all_single(landing, wire, list(recv_splits), list(send_splits), group=group, async_op=True)
+    work = dist.all_to_all_single(
+        landing, wire, list(recv_splits), list(send_splits), group=group, async_op=True
+    )
     rank = dist.get_rank(group)
     sent = [n for peer, n in enumerate(send_splits) if peer != rank]
     meter.bytes_sent += sum(sent) * wire.shape[1:].numel() * wire.element_size()
@@ -251,7 +281,9 @@ def send_rows(
     return RowsInFlight(out, work, landing, wire)
 
 
-def swap_rows(rows: Tensor, send_splits: Sequence[int], group: ProcessGroup | None) -> tuple[Tensor, list[int]]:
+def swap_rows(
+    rows: Tensor, send_splits: Sequence[int], group: ProcessGroup | None
+) -> tuple[Tensor, list[int]]:
     r"""Sends blocks whose sizes the receivers do not know yet; returns the rows received and how many came from whom."""
     if group is None:
         return rows, list(send_splits)

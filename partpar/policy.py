@@ -25,7 +25,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.wire_dtype is not None and self.wire_dtype not in _WIRE:
-            raise RouteError(f"wire_dtype: expected one of {', '.join(map(str, _WIRE))} or None, found {self.wire_dtype}")
+            raise RouteError(
+                f"wire_dtype: expected one of {', '.join(map(str, _WIRE))} or None, found {self.wire_dtype}"
+            )
 
     @property
     def code(self) -> int:

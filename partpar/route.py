@@ -81,7 +81,14 @@ class Route:
         return cls(src_ids, **vars(tables), group=own)
 
     @classmethod
-    def from_offsets(cls, raw_ids: Tensor, halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None = None, **agreed: int) -> Route:
+    def from_offsets(
+        cls,
+        raw_ids: Tensor,
+        halo_ids: Tensor,
+        offsets: Tensor,
+        group: ProcessGroup | None = None,
+        **agreed: int,
+    ) -> Route:
         r"""Builds the route of a share whose owners are known by ranges of ids (collective, one exchange of ids).
 
         Args:
@@ -132,7 +139,9 @@ class Route:
     def to(self, device: torch.device | str) -> Route:
         r"""The same plan with its tables on :obj:`device`."""
         order = None if self.order is None else self.order.to(device)
-        return replace(self, raw_ids=self.raw_ids.to(device), send_index=self.send_index.to(device), order=order)
+        return replace(
+            self, raw_ids=self.raw_ids.to(device), send_index=self.send_index.to(device), order=order
+        )
 
     # --- moving rows --------------------------------------------------------------------------------------------
 
@@ -169,7 +178,11 @@ class Route:
         Returns:
             ``[num_owned, *]``; a row without any copy is 0.
         """
-        wrong = None if op in REDUCTIONS else f"reduce: expected op to be one of {', '.join(REDUCTIONS)}; found {op!r}"
+        wrong = (
+            None
+            if op in REDUCTIONS
+            else f"reduce: expected op to be one of {', '.join(REDUCTIONS)}; found {op!r}"
+        )
         self.check(f"reduce({op})", x, self.num_src, wrong)
         if op == "sum":
             return self.sum_copies(x)
@@ -239,7 +252,9 @@ class Route:
         if wrong is None and x.dim() > 9:
             wrong = f"{what}: expected at most 8 trailing dimensions, found shape {tuple(x.shape)}"
         if self._checks.due():
-            fields = {} if wrong is not None else {"wire dtype": self.policy.code, **exchange.tensor_fields(x)}
+            fields = (
+                {} if wrong is not None else {"wire dtype": self.policy.code, **exchange.tensor_fields(x)}
+            )
             exchange.agree(self.group, what, fields, wrong)
         elif wrong is not None:
             raise RouteError(wrong)

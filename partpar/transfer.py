@@ -156,7 +156,7 @@ class Apply(torch.autograd.Function):
 
 
 class ReduceSum(torch.autograd.Function):
-    """"Owned, then halo" to owned rows, halo rows added at their owner; its transpose is :class:`Apply`."""
+    """ "Owned, then halo" to owned rows, halo rows added at their owner; its transpose is :class:`Apply`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, route: Route, blocks: Blocks) -> Tensor:

@@ -40,7 +40,11 @@ def test_homogeneous_round_trip() -> None:
     data.name, data.split, data.basis = "odd", [1, 2], torch.eye(2)
     graph = GraphData.from_pyg_data(data)
     assert set(graph.node()) == {"x", "y", "train_mask", "val_mask", "test_mask"}
-    assert set(graph.edge()) == {"edge_attr", "edge_weight"} and set(graph.meta()) == {"name", "split", "basis"}
+    assert set(graph.edge()) == {"edge_attr", "edge_weight"} and set(graph.meta()) == {
+        "name",
+        "split",
+        "basis",
+    }
     back = graph.to_pyg_data()
     assert isinstance(back, Data) and set(back.keys()) == set(data.keys())
     assert all(same(back[key], data[key]) for key in data.keys())
@@ -55,14 +59,21 @@ def test_typed_round_trip() -> None:
     assert isinstance(back, HeteroData) and back.title == "papers"
     for store, other in zip(data.stores, back.stores, strict=True):
         assert all(same(store[key], other[key]) for key in store.keys())
-    with pytest.raises(GraphError, match=r"expected a node type of \['author', 'paper', 'empty'\], found None"):
+    with pytest.raises(
+        GraphError, match=r"expected a node type of \['author', 'paper', 'empty'\], found None"
+    ):
         graph.node()
     with pytest.raises(GraphError, match="expected an edge type of"):
         graph.edge_index(("paper", "writes", "author"))
 
 
 def test_as_many_nodes_as_edges() -> None:
-    data = Data(x=torch.ones(3, 1), edge_index=torch.tensor([[0, 1, 2], [1, 2, 0]]), edge_w=torch.ones(3), y=torch.ones(3))
+    data = Data(
+        x=torch.ones(3, 1),
+        edge_index=torch.tensor([[0, 1, 2], [1, 2, 0]]),
+        edge_w=torch.ones(3),
+        y=torch.ones(3),
+    )
     graph = GraphData.from_pyg_data(data)
     assert set(graph.node()) == {"x", "y"} and set(graph.edge()) == {"edge_w"}
 
@@ -105,7 +116,10 @@ def test_opened_arrays_are_not_written_back(tmp_path: Path) -> None:
 
 
 def test_bipartite_puts_destinations_first() -> None:
-    dst_ids, src_ids = torch.tensor([40, 10]), torch.tensor([30, 10, 20])  # 40 is no source, 10 stands in between
+    dst_ids, src_ids = (
+        torch.tensor([40, 10]),
+        torch.tensor([30, 10, 20]),
+    )  # 40 is no source, 10 stands in between
     edge_index = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 1]])
     share = GraphData.from_bipartite(edge_index, 3, 2, src_ids, dst_ids)
     ordered = share.node("src")["raw_ids"]
@@ -125,7 +139,12 @@ def test_bipartite_puts_destinations_first() -> None:
 
 
 def good() -> Data:
-    return Data(x=torch.ones(3, 1), y=torch.tensor([0, -1, 1]), edge_index=torch.tensor([[0, 1], [1, 2]]), edge_attr=torch.ones(2, 1))
+    return Data(
+        x=torch.ones(3, 1),
+        y=torch.tensor([0, -1, 1]),
+        edge_index=torch.tensor([[0, 1], [1, 2]]),
+        edge_attr=torch.ones(2, 1),
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,11 +172,19 @@ def test_validate_names_the_first_offender(key: str, value: Tensor, message: str
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("edge_index", torch.tensor([[0.0], [1.0]]), "expected edge_index of dtype torch.int64, found torch.float32"),
+        (
+            "edge_index",
+            torch.tensor([[0.0], [1.0]]),
+            "expected edge_index of dtype torch.int64, found torch.float32",
+        ),
         ("edge_index", torch.tensor([0, 1, 2]), r"shape \[2, E\], found \(3,\)"),
         ("edge_index", None, "expected edge_index, found none"),
         ("model", torch.nn.Linear(1, 1), "attribute 'model': expected .* found Linear; remove or convert it"),
-        ("adj", torch.eye(3).to_sparse(), "attribute 'adj': expected a dense tensor, found layout torch.sparse_coo"),
+        (
+            "adj",
+            torch.eye(3).to_sparse(),
+            "attribute 'adj': expected a dense tensor, found layout torch.sparse_coo",
+        ),
         ("pieces", [torch.ones(1)], "found tensors inside a list"),
     ],
 )
@@ -189,7 +216,11 @@ def test_frame_checks_rows_and_reads_late() -> None:
 
     frame = Frame(3, {"x": torch.zeros(3, 2), "late": read}, "nodes")
     assert "late" in frame and list(frame) == ["x", "late"] and len(frame) == 2 and not reads
-    assert torch.equal(frame["late"], torch.ones(3)) and torch.equal(frame["late"], torch.ones(3)) and len(reads) == 1
+    assert (
+        torch.equal(frame["late"], torch.ones(3))
+        and torch.equal(frame["late"], torch.ones(3))
+        and len(reads) == 1
+    )
     with pytest.raises(GraphError, match=r"attribute 'y' of nodes: expected 3 rows, found shape \(2,\)"):
         frame["y"] = torch.zeros(2)
     with pytest.raises(GraphError, match="expected a tensor, found int"):

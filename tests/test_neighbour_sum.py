@@ -24,7 +24,9 @@ def graph(kind: str, seed: int) -> Data:
     # "fan-in": many sources, few destinations, so that partial sums are fewer than rows; "fan-out" the other way
     few, many = torch.randint(4, (300,), generator=draw), torch.randint(50, (300,), generator=draw)
     edge_index = torch.stack([many, few] if kind == "fan-in" else [few, many])
-    return Data(edge_index=edge_index, edge_weight=torch.rand(300, generator=draw, dtype=torch.float64), num_nodes=50)
+    return Data(
+        edge_index=edge_index, edge_weight=torch.rand(300, generator=draw, dtype=torch.float64), num_nodes=50
+    )
 
 
 def sums(worker: Worker, kind: str, seed: int, weighted: bool, partial: bool) -> tuple[int, int]:
@@ -80,7 +82,9 @@ def test_partial_sums_send_less(gang: Gang) -> None:
 
 def mismatch(worker: Worker) -> None:
     share = cut(directed_graph(), torch.arange(60) % 2, worker.rank, worker.group)
-    adj = Adjacency.from_edge_index(share.edge_index, share.route.num_src + worker.rank, share.route.num_owned)
+    adj = Adjacency.from_edge_index(
+        share.edge_index, share.route.num_src + worker.rank, share.route.num_owned
+    )
     plan_sum(adj, share.route)
 
 

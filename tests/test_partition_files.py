@@ -86,7 +86,11 @@ def test_shares_tile_the_graph(tmp_path: Path, algorithm: str, num_parts: int) -
     report = read_manifest(folder).report
     manual = recount(graph, tmp_path, num_parts, algorithm)
     assert report["edge_cut"] == pytest.approx(manual["cut"] / graph.num_edges())
-    assert report["communication_volume"] == manual["volume"] == sum(map(sum, report["nodes"]["node"]["traffic"]))
+    assert (
+        report["communication_volume"]
+        == manual["volume"]
+        == sum(map(sum, report["nodes"]["node"]["traffic"]))
+    )
     assert report["replication_factor"] == pytest.approx((60 + manual["volume"]) / 60)
     assert report["balance"]["#nodes"] == pytest.approx(manual["largest"] * num_parts / 60)
 
@@ -125,20 +129,30 @@ def test_same_input_same_bytes(tmp_path: Path, algorithm: str) -> None:
         graph.partition_graph(tmp_path / root, 3, algorithm=algorithm, partition_kwargs={"seed": 4})
     for file in sorted((tmp_path / "a" / f"{algorithm}_3").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / f"{algorithm}_3" / file.name).read_bytes(), file.name
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{algorithm}_3"], "a temporary folder is left"
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{algorithm}_3"], (
+        "a temporary folder is left"
+    )
 
 
 def test_weights(tmp_path: Path) -> None:
     graph = GraphData.from_pyg_data(directed_graph(num_nodes=200, num_edges=900))
     for weights in ("train_mask", ["#nodes", "train_mask"], ["#nodes", "#in_edges"]):
-        folder = graph.partition_graph(tmp_path, 2, weights, "edge_weight", "multi-constraint-metis", overwrite=True)
+        folder = graph.partition_graph(
+            tmp_path, 2, weights, "edge_weight", "multi-constraint-metis", overwrite=True
+        )
         balance = read_manifest(folder).report["balance"]
         for name in [weights] if isinstance(weights, str) else weights:
             assert balance[name] <= 1.1, (weights, balance)
     for kwargs, message in (
-        ({"node_weight": "nope"}, r"node_weight: expected '#nodes', '#in_edges' or a node attribute .*found 'nope'"),
+        (
+            {"node_weight": "nope"},
+            r"node_weight: expected '#nodes', '#in_edges' or a node attribute .*found 'nope'",
+        ),
         ({"edge_weight": "nope"}, r"edge_weight: expected the name of an edge attribute .*found 'nope'"),
-        ({"node_weight": "x"}, r"node_weight 'x': expected one number a row, found torch.float64 of shape \(200, 8\)"),
+        (
+            {"node_weight": "x"},
+            r"node_weight 'x': expected one number a row, found torch.float64 of shape \(200, 8\)",
+        ),
         ({"edge_weight": "edge_attr"}, "edge_weight 'edge_attr': expected one number a row"),
         ({"algorithm": "scissors"}, "Unknown partitioning algorithm 'scissors'"),
         ({"partition_kwargs": {"sharp": 1}}, "'sharp'"),
@@ -147,7 +161,10 @@ def test_weights(tmp_path: Path) -> None:
         ({"num_parts": 2.0}, "num_parts: expected a number of at least 1, found 2.0"),
         ({"algorithm": "given"}, "expected partition_kwargs"),
         ({"algorithm": "given", "partition_kwargs": {"assignment": [0]}}, "expected 200 integers"),
-        ({"algorithm": "given", "partition_kwargs": {"assignment": [2] * 200}}, "expected parts 0 to 1, found 2 to 2"),
+        (
+            {"algorithm": "given", "partition_kwargs": {"assignment": [2] * 200}},
+            "expected parts 0 to 1, found 2 to 2",
+        ),
     ):
         with pytest.raises(PartitionError, match=message):
             graph.partition_graph(**{"root": tmp_path / "bad", "num_parts": 2, **kwargs})  # type: ignore[arg-type]
@@ -294,7 +311,9 @@ def test_link_is_not_followed(tmp_path: Path) -> None:
 
 def test_missing_partition_names_those_found(tmp_path: Path) -> None:
     GraphData.from_pyg_data(directed_graph()).partition_graph(tmp_path, 2)
-    with pytest.raises(MissingPartitionError, match="expected a partition in 3 parts by 'metis', found metis_2"):
+    with pytest.raises(
+        MissingPartitionError, match="expected a partition in 3 parts by 'metis', found metis_2"
+    ):
         GraphData.load_partition(tmp_path, 0, 3)
     with pytest.raises(FileNotFoundError, match="expected a part from 0 to 1, found 2"):
         GraphData.load_partition(tmp_path, 2, 2)
@@ -341,7 +360,9 @@ def test_share_makes_its_route(gang: Gang, world_size: int, tmp_path: Path) -> N
 def test_route_of_another_world_size_raises_everywhere(gang: Gang, tmp_path: Path) -> None:
     GraphData.from_pyg_data(directed_graph()).partition_graph(tmp_path, 3)
     for error in gang.run_expecting_errors(routed, 2, str(tmp_path), 3):
-        assert error is not None and "expected as many ranks as the partition has parts (3), found 2" in error[1]
+        assert (
+            error is not None and "expected as many ranks as the partition has parts (3), found 2" in error[1]
+        )
 
 
 def mixed_runs(worker: Worker, roots: list[str]) -> None:

@@ -43,7 +43,9 @@ def scenario(worker: Worker, seed: int, num_nodes: int, shape: tuple[int, ...], 
     full = torch.randn(num_nodes, *shape, generator=common, dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed + 1 + worker.rank)
     dst = ids[owner == worker.rank]
-    wanted = torch.randint(num_nodes, (int(torch.randint(2 * num_nodes, (1,), generator=draw)),), generator=draw)
+    wanted = torch.randint(
+        num_nodes, (int(torch.randint(2 * num_nodes, (1,), generator=draw)),), generator=draw
+    )
     src = ids[wanted]
     if canonical:
         src = torch.cat([dst, src[~torch.isin(src, dst)].unique()])
@@ -88,7 +90,10 @@ def algebra(worker: Worker, seed: int, num_nodes: int, shape: tuple[int, ...], c
             want = torch.zeros(shape, dtype=torch.float64) if rows is None else combine(rows, op)
             assert torch.allclose(got[row], want, rtol=1e-12, atol=1e-12), (op, raw_id)
         (grad,) = torch.autograd.grad(got.sum(), leaf)
-        assert torch.allclose(total(grad.sum()), total(torch.tensor(float(num_live(s, copies_of, op, shape)), dtype=torch.float64)))
+        assert torch.allclose(
+            total(grad.sum()),
+            total(torch.tensor(float(num_live(s, copies_of, op, shape)), dtype=torch.float64)),
+        )
 
     mask = torch.rand(s.src.numel(), generator=s.draw) < 0.5
     part, scratch = route.restrict(mask), Route.from_raw_ids(s.src[mask], s.dst)
@@ -150,7 +155,9 @@ def traffic(worker: Worker, seed: int, width: int) -> None:
                 continue
             [(rows, splits)] = sent
             assert [n * width * rows.element_size() for n in splits] == expected
-            assert exchange.meter.bytes_sent == sum(expected) and exchange.meter.messages == sum(n > 0 for n in splits)
+            assert exchange.meter.bytes_sent == sum(expected) and exchange.meter.messages == sum(
+                n > 0 for n in splits
+            )
     finally:
         dist.all_to_all_single = real
 
@@ -163,7 +170,16 @@ def test_only_what_is_announced_travels(gang: Gang, world_size: int) -> None:
 def dtypes(worker: Worker) -> None:
     s = scenario(worker, 7, 25, (2,), canonical=True)
     route = Route.from_raw_ids(s.src, s.dst)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.int16, torch.uint8, torch.bool, torch.complex64):
+    for dtype in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.int64,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    ):
         x = (s.rows(s.dst) * 10).to(dtype)
         assert torch.equal(route.apply(x), (s.rows(s.src) * 10).to(dtype)), dtype
     for dtype in (torch.bfloat16, torch.float32):
@@ -230,8 +246,14 @@ def test_alone_without_a_process_group() -> None:
 BAD = {
     "nobody owns": (RouteError, "found id 99 in dst_ids of no rank"),
     "two own": (RouteError, "expected one owner for each id, found id 0 in dst_ids of ranks 0 and 1"),
-    "one owns twice": (RouteError, "rank 1: from_raw_ids: expected each id once in dst_ids, found id 1 more than once"),
-    "not int64": (RouteError, "rank 1: from_raw_ids: expected src_ids to be a 1-dimensional int64 tensor, found torch.float32"),
+    "one owns twice": (
+        RouteError,
+        "rank 1: from_raw_ids: expected each id once in dst_ids, found id 1 more than once",
+    ),
+    "not int64": (
+        RouteError,
+        "rank 1: from_raw_ids: expected src_ids to be a 1-dimensional int64 tensor, found torch.float32",
+    ),
     "rows": (RouteError, r"rank 1: apply: expected 1 rows .* found a tensor of shape \(2, 4\)"),
     "not a tensor": (RouteError, "rank 1: apply: expected a tensor of 1 rows, found list"),
     "width": (AgreementError, "ranks disagree on size of dimension 1: rank 0 has 4, rank 1 has 5"),
@@ -239,7 +261,10 @@ BAD = {
     "dtype": (AgreementError, "ranks disagree on dtype: rank 0 has torch.float64, rank 1 has torch.float32"),
     "gradient": (AgreementError, "ranks disagree on requires_grad: rank 0 has False, rank 1 has True"),
     "call": (AgreementError, r"ranks are in different calls: rank 0 in apply, rank 1 in reduce\(sum\)"),
-    "mask": (RouteError, r"rank 1: restrict: expected a bool mask of shape \(2,\), found torch.bool of shape \(3,\)"),
+    "mask": (
+        RouteError,
+        r"rank 1: restrict: expected a bool mask of shape \(2,\), found torch.bool of shape \(3,\)",
+    ),
 }
 
 
@@ -284,12 +309,16 @@ def wrong_world(worker: Worker) -> None:
 
 def test_wrong_world_size(gang: Gang) -> None:
     for error in gang.run_expecting_errors(wrong_world, 2):
-        assert error is not None and "expected as many ranks as the partition has parts (3), found 2" in error[1]
+        assert (
+            error is not None and "expected as many ranks as the partition has parts (3), found 2" in error[1]
+        )
 
 
 def late_check(worker: Worker) -> None:
     r"""After the checked calls, a bad input still raises where it is given."""
-    route = Route.from_raw_ids(torch.tensor([0, 1]) if worker.rank == 0 else torch.tensor([1, 0]), torch.tensor([worker.rank]))
+    route = Route.from_raw_ids(
+        torch.tensor([0, 1]) if worker.rank == 0 else torch.tensor([1, 0]), torch.tensor([worker.rank])
+    )
     for _ in range(100):
         route.apply(torch.ones(1, 2))
     if worker.rank == 1:
@@ -309,10 +338,16 @@ def rounded(worker: Worker) -> None:
     assert torch.equal(neutral.apply(x), out), "the neutral policy is bit-identical"
     exchange.meter.reset()
     got = route.apply(x)
-    assert exchange.meter.bytes_sent == sum(route.bytes_per_peer(4, torch.float64)) == sum(exact.bytes_per_peer(4, torch.bfloat16))
+    assert (
+        exchange.meter.bytes_sent
+        == sum(route.bytes_per_peer(4, torch.float64))
+        == sum(exact.bytes_per_peer(4, torch.bfloat16))
+    )
     assert torch.equal(got[: route.num_owned], x), "own rows are never rounded"
     halo, true = got[route.num_owned :], out[route.num_owned :]
-    assert torch.equal(halo, true.bfloat16().double()) and bool(((halo - true).abs() <= 2**-8 * true.abs()).all())
+    assert torch.equal(halo, true.bfloat16().double()) and bool(
+        ((halo - true).abs() <= 2**-8 * true.abs()).all()
+    )
     assert torch.equal(route.apply_begin(x).wait(), got)
     with torch.no_grad():
         assert torch.equal(route.apply(x), out), "approximations are off in evaluation"

@@ -60,7 +60,9 @@ def to_pyg(arrays: Mapping[str, np.ndarray], what: str = "arrays") -> Data | Het
     for name, array in arrays.items():
         attribute, *kind = name.split("__")
         if len(kind) not in (1, 3):
-            raise GraphError(f"{what}: expected names like x__paper or edge_index__author__writes__paper, found {name!r}")
+            raise GraphError(
+                f"{what}: expected names like x__paper or edge_index__author__writes__paper, found {name!r}"
+            )
         store = hetero[kind[0]] if len(kind) == 1 else hetero[tuple(kind)]
         store[attribute] = int(array) if attribute == "num_nodes" else _tensor(f"{what}: {name}", array)
     return hetero
@@ -81,7 +83,9 @@ def _dense(
     rows, columns = (int(size) for size in shape)
     fits = len(indptr) == rows + 1 and indptr[0] == 0 and indptr[-1] == len(indices) == len(values)
     if not fits or (np.diff(indptr) < 0).any() or (indices < 0).any() or (indices >= columns).any():
-        raise GraphError(f"{what}: expected the pieces of a {rows} x {columns} CSR matrix, found ones that do not fit")
+        raise GraphError(
+            f"{what}: expected the pieces of a {rows} x {columns} CSR matrix, found ones that do not fit"
+        )
     dense = np.zeros((rows, columns), dtype=values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(indptr)), indices] = values
     return dense
@@ -91,7 +95,9 @@ def _tensor(what: str, array: np.ndarray) -> Tensor:
     try:
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     except TypeError as error:
-        raise GraphError(f"{what}: expected an array of numbers, found dtype {array.dtype}; leave it out or encode it") from error
+        raise GraphError(
+            f"{what}: expected an array of numbers, found dtype {array.dtype}; leave it out or encode it"
+        ) from error
 
 
 def save_folder(graph: GraphData, folder: str | Path) -> None:

@@ -12,11 +12,17 @@ from partpar.graph.structure import EDGE, NODE
 
 
 def from_bipartite(
-    edge_index: Tensor, num_src: int | None, num_dst: int | None, raw_src_ids: Tensor | None, raw_dst_ids: Tensor | None
+    edge_index: Tensor,
+    num_src: int | None,
+    num_dst: int | None,
+    raw_src_ids: Tensor | None,
+    raw_dst_ids: Tensor | None,
 ) -> GraphData:
     """See :meth:`GraphData.from_bipartite`."""
     if edge_index.dtype != torch.int64 or edge_index.dim() != 2 or edge_index.size(0) != 2:
-        raise GraphError(f"edge_index: expected int64 of shape [2, E], found {edge_index.dtype} of shape {tuple(edge_index.shape)}")
+        raise GraphError(
+            f"edge_index: expected int64 of shape [2, E], found {edge_index.dtype} of shape {tuple(edge_index.shape)}"
+        )
     src_ids = _ids("src", edge_index[0], num_src, raw_src_ids)
     dst_ids = _ids("dst", edge_index[1], num_dst, raw_dst_ids)
 
@@ -45,11 +51,15 @@ def _ids(side: str, index: Tensor, num: int | None, raw_ids: Tensor | None) -> T
         num = largest + 1 if raw_ids is None else raw_ids.numel()
     raw_ids = torch.arange(num) if raw_ids is None else raw_ids
     if raw_ids.dtype != torch.int64 or tuple(raw_ids.shape) != (num,):
-        raise GraphError(f"raw_{side}_ids: expected int64 of shape [{num}], found {raw_ids.dtype} of shape {tuple(raw_ids.shape)}")
+        raise GraphError(
+            f"raw_{side}_ids: expected int64 of shape [{num}], found {raw_ids.dtype} of shape {tuple(raw_ids.shape)}"
+        )
     if raw_ids.unique().numel() != num:
         raise GraphError(f"raw_{side}_ids: expected {num} distinct ids, found {raw_ids.unique().numel()}")
     if largest >= num or (index.numel() and int(index.min()) < 0):
-        raise GraphError(f"edge_index: expected {side} indices from 0 to {num - 1}, found {int(index.min())} to {largest}")
+        raise GraphError(
+            f"edge_index: expected {side} indices from 0 to {num - 1}, found {int(index.min())} to {largest}"
+        )
     return raw_ids
 
 

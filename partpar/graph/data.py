@@ -160,7 +160,14 @@ class GraphData(TypedGraph):
         from partpar.partition import partition_graph
 
         return partition_graph(
-            self, root, num_parts, node_weight, edge_weight, algorithm, dict(partition_kwargs or {}), overwrite
+            self,
+            root,
+            num_parts,
+            node_weight,
+            edge_weight,
+            algorithm,
+            dict(partition_kwargs or {}),
+            overwrite,
         )
 
     def to_route(self, group: ProcessGroup | None = None, node_type: str | None = None) -> Route:
@@ -178,7 +185,9 @@ class GraphData(TypedGraph):
             offsets = self._part.offsets[name]
             halo_ids = src["ids"][self.num_owned(name) :]
             digest = int(self._part.run_id[:15] or "0", 16)
-            return Route.from_offsets(src["raw_ids"].cpu(), halo_ids.cpu(), offsets, group, run_id=digest).to(self.device)
+            return Route.from_offsets(src["raw_ids"].cpu(), halo_ids.cpu(), offsets, group, run_id=digest).to(
+                self.device
+            )
         if dst is src:
             raw_ids = dst["raw_ids"] if "raw_ids" in dst else torch.arange(dst.num_rows)
             return Route.from_raw_ids(raw_ids.cpu(), raw_ids.cpu(), group).to(self.device)

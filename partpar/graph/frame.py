@@ -21,7 +21,10 @@ class Frame(MutableMapping[str, Tensor]):
     """
 
     def __init__(
-        self, num_rows: int, tensors: Mapping[str, Tensor | Callable[[], Tensor]] | None = None, what: str = "rows"
+        self,
+        num_rows: int,
+        tensors: Mapping[str, Tensor | Callable[[], Tensor]] | None = None,
+        what: str = "rows",
     ) -> None:
         self.num_rows, self.what = num_rows, what
         self._values: dict[str, Tensor | Callable[[], Tensor]] = {}
@@ -67,7 +70,9 @@ class Frame(MutableMapping[str, Tensor]):
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
         if not isinstance(value, Tensor):
-            raise GraphError(f"attribute {name!r} of {self.what}: expected a tensor, found {type(value).__name__}")
+            raise GraphError(
+                f"attribute {name!r} of {self.what}: expected a tensor, found {type(value).__name__}"
+            )
         if value.dim() == 0 or value.size(0) != self.num_rows:
             raise GraphError(
                 f"attribute {name!r} of {self.what}: expected {self.num_rows} rows, found shape {tuple(value.shape)}"

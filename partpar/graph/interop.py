@@ -27,7 +27,9 @@ def from_pyg_data(data: Data | HeteroData) -> GraphData:
     if not isinstance(data, Data):
         raise GraphError(f"expected a torch_geometric Data or HeteroData, found {type(data).__name__}")
     if data.num_nodes is None:
-        raise GraphError("expected a graph with nodes, found no attribute that tells how many; set data.num_nodes")
+        raise GraphError(
+            "expected a graph with nodes, found no attribute that tells how many; set data.num_nodes"
+        )
     edge_index = _edge_index("data", data.get("edge_index"))
     nodes = Frame(int(data.num_nodes), what="nodes")
     edges = Frame(edge_index.size(1), what="edges")
@@ -49,8 +51,12 @@ def _from_hetero(data: HeteroData) -> GraphData:
     meta = {name: _plain(name, value) for name, value in data._global_store.items()}
     for store in data.node_stores:
         if store.num_nodes is None:
-            raise GraphError(f"node type {store._key!r}: found no attribute that tells how many nodes; set num_nodes")
-        nodes[store._key] = _frame(store, int(store.num_nodes), ("num_nodes",), f"nodes of type {store._key!r}", meta)
+            raise GraphError(
+                f"node type {store._key!r}: found no attribute that tells how many nodes; set num_nodes"
+            )
+        nodes[store._key] = _frame(
+            store, int(store.num_nodes), ("num_nodes",), f"nodes of type {store._key!r}", meta
+        )
     for store in data.edge_stores:
         key = store._key
         structure[key] = _edge_index(str(key), store.get("edge_index"))
@@ -58,13 +64,17 @@ def _from_hetero(data: HeteroData) -> GraphData:
     return GraphData(nodes, edges, structure, meta)
 
 
-def _frame(store: BaseStorage, num_rows: int, structural: tuple[str, ...], what: str, meta: dict[str, Any]) -> Frame:
+def _frame(
+    store: BaseStorage, num_rows: int, structural: tuple[str, ...], what: str, meta: dict[str, Any]
+) -> Frame:
     """The attributes of one type; what does not have its rows goes to ``meta`` under the type's name."""
     frame = Frame(num_rows, what=what)
     for name, value in store.items():
         if name in structural:
             continue
-        if (store.is_node_attr(name) or store.is_edge_attr(name)) and _has_rows(store._parent(), name, value, store):
+        if (store.is_node_attr(name) or store.is_edge_attr(name)) and _has_rows(
+            store._parent(), name, value, store
+        ):
             frame[name] = _tensor(f"attribute {name!r} of {what}", value)
         else:
             key = store._key if isinstance(store._key, str) else "__".join(store._key)
@@ -106,12 +116,16 @@ def _free(name: str, data: Data) -> str:
 
 def _edge_index(what: str, edge_index: Any) -> Tensor:
     if edge_index is None:
-        raise GraphError(f"{what}: expected edge_index, found none; a SparseTensor's is torch.stack(adj_t.coo()[1::-1])")
+        raise GraphError(
+            f"{what}: expected edge_index, found none; a SparseTensor's is torch.stack(adj_t.coo()[1::-1])"
+        )
     if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
         found = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index).__name__
         raise GraphError(f"{what}: expected edge_index to be a tensor of shape [2, E], found {found}")
     if edge_index.dtype != torch.int64:
-        raise GraphError(f"{what}: expected edge_index of dtype torch.int64, found {edge_index.dtype}; use edge_index.long()")
+        raise GraphError(
+            f"{what}: expected edge_index of dtype torch.int64, found {edge_index.dtype}; use edge_index.long()"
+        )
     return edge_index.as_subclass(Tensor)
 
 
@@ -128,7 +142,9 @@ def _tensor(what: str, value: Any) -> Tensor:
     try:
         return torch.from_numpy(np.asarray(value).copy())
     except (TypeError, ValueError) as error:
-        raise GraphError(f"{what}: expected a tensor or numbers, found {type(value).__name__}; encode it as a tensor") from error
+        raise GraphError(
+            f"{what}: expected a tensor or numbers, found {type(value).__name__}; encode it as a tensor"
+        ) from error
 
 
 def _dense(what: str, value: Tensor) -> Tensor:
@@ -146,7 +162,9 @@ def _plain(name: str, value: Any) -> Any:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in inner:
         if isinstance(item, Tensor):
-            raise GraphError(f"attribute {name!r}: expected a tensor or plain values, found tensors inside a {type(value).__name__}")
+            raise GraphError(
+                f"attribute {name!r}: expected a tensor or plain values, found tensors inside a {type(value).__name__}"
+            )
         _plain(name, item)
     if isinstance(value, Tensor):
         return _dense(f"attribute {name!r}", value)

@@ -42,11 +42,15 @@ class TypedGraph:
     ) -> None:
         for name in nodes:
             if name in _SIDES:
-                raise GraphError(f"expected node types other than 'dst' and 'src', which name sides, found {name!r}; rename it")
+                raise GraphError(
+                    f"expected node types other than 'dst' and 'src', which name sides, found {name!r}; rename it"
+                )
         for edge_type in edges:
             missing = {edge_type[0], edge_type[2]} - set(nodes)
             if missing:
-                raise GraphError(f"edge type {edge_type}: expected its node types among {list(nodes)}, found {sorted(missing)}")
+                raise GraphError(
+                    f"edge type {edge_type}: expected its node types among {list(nodes)}, found {sorted(missing)}"
+                )
         self._nodes, self._edges, self._meta = dict(nodes), dict(edges), dict(meta or {})
         self._sources = self._nodes if sources is None else dict(sources)
         self._structure, self._part = dict(structure), part
@@ -118,7 +122,9 @@ class TypedGraph:
     def offsets(self, type: str | None = None) -> Tensor:
         r"""``[num_parts + 1]`` int64: part p owns ids ``offsets[p]`` to ``offsets[p + 1] - 1``."""
         name = self._node_type(type)
-        return torch.tensor([0, self._nodes[name].num_rows]) if self._part is None else self._part.offsets[name]
+        return (
+            torch.tensor([0, self._nodes[name].num_rows]) if self._part is None else self._part.offsets[name]
+        )
 
     def edge_index(self, type: EdgeType | None = None) -> Tensor:
         r"""``[2, E]`` int64: row 0 indexes sources, row 1 destinations. Made once and kept."""
@@ -145,7 +151,9 @@ class TypedGraph:
             return piece.indptr, piece.indices
         num_dst = self._nodes[name[2]].num_rows
         if piece.size(1) > 1 and bool((piece[1, 1:] < piece[1, :-1]).any()):
-            raise GraphError("expected edges sorted by destination, found another order; cut the graph by partition_graph first")
+            raise GraphError(
+                "expected edges sorted by destination, found another order; cut the graph by partition_graph first"
+            )
         counts = torch.bincount(piece[1], minlength=num_dst)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), piece[0]
 
@@ -168,7 +176,11 @@ class TypedGraph:
         moved: dict[EdgeType, Tensor | CSC] = {}
         for name, piece in self._structure.items():
             csc = isinstance(piece, CSC)
-            moved[name] = replace(piece, indptr=piece.indptr.to(device), indices=piece.indices.to(device)) if csc else piece.to(device)
+            moved[name] = (
+                replace(piece, indptr=piece.indptr.to(device), indices=piece.indices.to(device))
+                if csc
+                else piece.to(device)
+            )
         whole = self._sources is self._nodes
         return type(self)(
             {t: f.to(device) for t, f in self._nodes.items()},

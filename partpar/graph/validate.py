@@ -37,7 +37,9 @@ def validate_structure(graph: GraphData) -> None:
         if isinstance(piece, CSC):
             continue  # was checked when the share was opened
         if piece.dtype != torch.int64 or piece.dim() != 2 or piece.size(0) != 2:
-            raise GraphError(f"edge_index of {edge_type}: expected int64 of shape [2, E], found {piece.dtype} of shape {tuple(piece.shape)}")
+            raise GraphError(
+                f"edge_index of {edge_type}: expected int64 of shape [2, E], found {piece.dtype} of shape {tuple(piece.shape)}"
+            )
         for row, side, bound in (
             (0, "source", graph.node(edge_type[0], "src").num_rows),
             (1, "destination", graph.node(edge_type[2], "dst").num_rows),
@@ -58,7 +60,9 @@ def _check_range(what: str, x: Tensor, low: int, high: int) -> None:
             count += bad.size(0)
             first = start + int(bad[0, 0]) if first is None else first
     if first is not None:
-        raise GraphError(f"{what}: expected {low} to {high - 1}, found {count} outside, the first at position {first}: {int(x[first])}")
+        raise GraphError(
+            f"{what}: expected {low} to {high - 1}, found {count} outside, the first at position {first}: {int(x[first])}"
+        )
 
 
 def _check_finite(what: str, x: Tensor) -> None:
@@ -70,7 +74,9 @@ def _check_finite(what: str, x: Tensor) -> None:
         count += bad.size(0)
         first = [start + int(bad[0, 0]), *bad[0, 1:].tolist()] if bad.numel() and first is None else first
     if first is not None:
-        raise GraphError(f"{what}: expected finite numbers, found {count} NaN or infinite, the first at {first}; allow_nan=True accepts them")
+        raise GraphError(
+            f"{what}: expected finite numbers, found {count} NaN or infinite, the first at {first}; allow_nan=True accepts them"
+        )
 
 
 def _check_labels(what: str, y: Tensor, num_classes: int | None) -> None:

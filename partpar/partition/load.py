@@ -31,14 +31,18 @@ def load_partition(
     num_parts = _world_size() if num_parts is None else num_parts
     folder = partition_folder(root, canonical(algorithm), num_parts)
     if not folder.is_dir():
-        found = sorted(p.parent.name for p in Path(root).glob("*/manifest.json") if not p.parent.name.startswith("."))
+        found = sorted(
+            p.parent.name for p in Path(root).glob("*/manifest.json") if not p.parent.name.startswith(".")
+        )
         raise MissingPartitionError(
             f"{folder}: expected a partition in {num_parts} parts by {algorithm!r}, found {', '.join(found) or 'none'} in {root}; "
             f"cut the graph by partition_graph, or start as many workers as a partition has parts"
         )
     manifest = read_manifest(folder)
     if manifest.num_parts != num_parts:
-        raise PartitionFileError(f"{folder}: expected a partition in {num_parts} parts, found one in {manifest.num_parts}")
+        raise PartitionFileError(
+            f"{folder}: expected a partition in {num_parts} parts, found one in {manifest.num_parts}"
+        )
     if not 0 <= part_id < num_parts:
         raise MissingPartitionError(f"{folder}: expected a part from 0 to {num_parts - 1}, found {part_id}")
     return open_share(folder, manifest, part_id, verify)
@@ -56,7 +60,9 @@ def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | No
         low, high = edge_offset[part_id], edge_offset[part_id + 1]
         num_src, num_dst = sources[edge_type[0]].num_rows, nodes[edge_type[2]].num_rows
         structure[edge_type] = _csc(file, edge_type, num_src, num_dst, high - low)
-        columns: dict[str, Tensor | Callable[[], Tensor]] = dict(file.attributes(edge_key(edge_type, "attr", "")))
+        columns: dict[str, Tensor | Callable[[], Tensor]] = dict(
+            file.attributes(edge_key(edge_type, "attr", ""))
+        )
         columns["raw_ids"] = file.reader(edge_key(edge_type, "raw_ids"))
         columns["ids"] = _range(low, high)
         edges[edge_type] = Frame(high - low, columns, f"edges of type {edge_type}")
@@ -64,19 +70,29 @@ def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | No
     if manifest.meta_file is not None:
         meta_file = _TensorFile(folder, manifest.meta_file, manifest.run_id, verify)
         meta.update({name: meta_file.read(name) for name in manifest.meta_file.tensors})
-    return GraphData(nodes, edges, structure, meta, sources, Part(part_id, manifest.num_parts, offsets, manifest.run_id))
+    return GraphData(
+        nodes, edges, structure, meta, sources, Part(part_id, manifest.num_parts, offsets, manifest.run_id)
+    )
 
 
-def _node_frames(file: _TensorFile, node_type: str, low: int, high: int, num_nodes: int) -> tuple[Frame, Frame]:
+def _node_frames(
+    file: _TensorFile, node_type: str, low: int, high: int, num_nodes: int
+) -> tuple[Frame, Frame]:
     halo_ids = file.read(node_key(node_type, "halo_ids"))
     rising = bool((halo_ids.diff() > 0).all())
     outside = not bool(((halo_ids >= low) & (halo_ids < high)).any())
     within = halo_ids.numel() == 0 or (int(halo_ids[0]) >= 0 and int(halo_ids[-1]) < num_nodes)
     if not (rising and outside and within):
-        raise PartitionFileError(f"{file.path}: expected ascending ids below {num_nodes} and outside of {low} to {high - 1} in {node_key(node_type, 'halo_ids')!r}")
+        raise PartitionFileError(
+            f"{file.path}: expected ascending ids below {num_nodes} and outside of {low} to {high - 1} in {node_key(node_type, 'halo_ids')!r}"
+        )
     raw_ids, halo_raw_ids = (file.reader(node_key(node_type, name)) for name in ("raw_ids", "halo_raw_ids"))
     columns: dict[str, Tensor | Callable[[], Tensor]] = dict(file.attributes(node_key(node_type, "attr", "")))
-    owned = Frame(high - low, {**columns, "raw_ids": raw_ids, "ids": _range(low, high)}, f"owned nodes of type {node_type!r}")
+    owned = Frame(
+        high - low,
+        {**columns, "raw_ids": raw_ids, "ids": _range(low, high)},
+        f"owned nodes of type {node_type!r}",
+    )
     source = Frame(
         high - low + halo_ids.numel(),
         {
@@ -94,10 +110,21 @@ def _range(low: int, high: int) -> Callable[[], Tensor]:
 
 def _csc(file: _TensorFile, edge_type: EdgeType, num_src: int, num_dst: int, num_edges: int) -> CSC:
     indptr, indices = file.read(edge_key(edge_type, "indptr")), file.read(edge_key(edge_type, "indices"))
-    if indptr.numel() != num_dst + 1 or int(indptr[0]) != 0 or int(indptr[-1]) != num_edges or bool((indptr.diff() < 0).any()):
-        raise PartitionFileError(f"{file.path}: expected {num_dst + 1} numbers that rise from 0 to {num_edges} in {edge_key(edge_type, 'indptr')!r}")
-    if indices.numel() != num_edges or (num_edges and not 0 <= int(indices.min()) <= int(indices.max()) < num_src):
-        raise PartitionFileError(f"{file.path}: expected {num_edges} numbers from 0 to {num_src - 1} in {edge_key(edge_type, 'indices')!r}")
+    if (
+        indptr.numel() != num_dst + 1
+        or int(indptr[0]) != 0
+        or int(indptr[-1]) != num_edges
+        or bool((indptr.diff() < 0).any())
+    ):
+        raise PartitionFileError(
+            f"{file.path}: expected {num_dst + 1} numbers that rise from 0 to {num_edges} in {edge_key(edge_type, 'indptr')!r}"
+        )
+    if indices.numel() != num_edges or (
+        num_edges and not 0 <= int(indices.min()) <= int(indices.max()) < num_src
+    ):
+        raise PartitionFileError(
+            f"{file.path}: expected {num_edges} numbers from 0 to {num_src - 1} in {edge_key(edge_type, 'indices')!r}"
+        )
     return CSC(indptr, indices)
 
 
@@ -108,39 +135,59 @@ class _TensorFile:
         self.path, self.record = folder / record.name, record
         if not self.path.is_file() or self.path.is_symlink():
             found = "a link" if self.path.is_symlink() else "none"
-            raise MissingPartitionError(f"{self.path}: expected a file, found {found}; copy the share here or partition again")
+            raise MissingPartitionError(
+                f"{self.path}: expected a file, found {found}; copy the share here or partition again"
+            )
         size = self.path.stat().st_size
         if size != record.num_bytes:
-            raise PartitionFileError(f"{self.path}: expected {record.num_bytes} bytes, found {size}; copy the share again")
+            raise PartitionFileError(
+                f"{self.path}: expected {record.num_bytes} bytes, found {size}; copy the share again"
+            )
         if verify or (verify is None and not _verified_before(self.path, record)):
             digest = file_digest(self.path)
             if digest != record.sha256:
-                raise PartitionFileError(f"{self.path}: expected the checksum {record.sha256}, found {digest}; copy the share again")
+                raise PartitionFileError(
+                    f"{self.path}: expected the checksum {record.sha256}, found {digest}; copy the share again"
+                )
             _remember_verified(self.path, record)
         try:
             self._handle: Any = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise PartitionFileError(f"{self.path}: expected a safetensors file, found {error}; copy the share again") from error
+            raise PartitionFileError(
+                f"{self.path}: expected a safetensors file, found {error}; copy the share again"
+            ) from error
         found_run = (self._handle.metadata() or {}).get("run_id")
         if found_run != run_id:
-            raise PartitionFileError(f"{self.path}: expected a share of run {run_id}, found one of run {found_run}; copy the share again")
+            raise PartitionFileError(
+                f"{self.path}: expected a share of run {run_id}, found one of run {found_run}; copy the share again"
+            )
         if set(self._handle.keys()) != set(record.tensors):
-            raise PartitionFileError(f"{self.path}: expected the tensors {sorted(record.tensors)}, found {sorted(self._handle.keys())}")
+            raise PartitionFileError(
+                f"{self.path}: expected the tensors {sorted(record.tensors)}, found {sorted(self._handle.keys())}"
+            )
 
     def read(self, name: str) -> Tensor:
         if name not in self.record.tensors:
-            raise PartitionFileError(f"{self.path}: expected a tensor {name!r}, found {sorted(self.record.tensors)}")
+            raise PartitionFileError(
+                f"{self.path}: expected a tensor {name!r}, found {sorted(self.record.tensors)}"
+            )
         tensor: Tensor = self._handle.get_tensor(name)
         dtype, shape = self.record.tensors[name]
         if tensor.dtype != getattr(torch, dtype) or list(tensor.shape) != shape:
-            raise PartitionFileError(f"{self.path}: expected {name!r} to be {dtype} {shape}, found {tensor.dtype} {list(tensor.shape)}")
+            raise PartitionFileError(
+                f"{self.path}: expected {name!r} to be {dtype} {shape}, found {tensor.dtype} {list(tensor.shape)}"
+            )
         return tensor
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         return lambda: self.read(name)
 
     def attributes(self, prefix: str) -> dict[str, Callable[[], Tensor]]:
-        return {unquote(n.removeprefix(prefix)): self.reader(n) for n in self.record.tensors if n.startswith(prefix)}
+        return {
+            unquote(n.removeprefix(prefix)): self.reader(n)
+            for n in self.record.tensors
+            if n.startswith(prefix)
+        }
 
 
 # --- checksums are read once on a machine ---------------------------------------------------------------------------
@@ -151,7 +198,9 @@ def _stamp(path: Path, record: FileRecord) -> Path:
     # Not the home folder, which several machines may share.
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir()) / f"cache-{os.getuid()}")
     stat = path.stat()
-    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {record.sha256}"
+    state = (
+        f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {record.sha256}"
+    )
     return base / "partpar" / "verified" / hashlib.sha256(state.encode()).hexdigest()
 
 
@@ -169,8 +218,14 @@ def _remember_verified(path: Path, record: FileRecord) -> None:
 
 
 def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return (
+        dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    )
 
 
 def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        dist.get_world_size()
+        if dist.is_available() and dist.is_initialized()
+        else int(os.environ.get("WORLD_SIZE", "1"))
+    )

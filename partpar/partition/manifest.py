@@ -54,7 +54,12 @@ class Manifest:
     report: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1, default=str) + "\n"
+        return (
+            json.dumps(
+                {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1, default=str
+            )
+            + "\n"
+        )
 
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
@@ -73,21 +78,29 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise MissingPartitionError(f"{path}: expected the manifest of a partition, found no file")
     if path.stat().st_size > _MAX_BYTES:
-        raise PartitionFileError(f"{path}: expected a manifest of at most {_MAX_BYTES} bytes, found {path.stat().st_size}")
+        raise PartitionFileError(
+            f"{path}: expected a manifest of at most {_MAX_BYTES} bytes, found {path.stat().st_size}"
+        )
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise PartitionFileError(f"{path}: expected JSON, found {error}; restore the file or partition again") from error
+        raise PartitionFileError(
+            f"{path}: expected JSON, found {error}; restore the file or partition again"
+        ) from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise PartitionFileError(f"{path}: expected the format {FORMAT!r}, found {found!r}")
     version = raw.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise PartitionFileError(f"{path}: expected format version 1 to {FORMAT_VERSION}, found {version!r}; upgrade partpar or partition again")
+        raise PartitionFileError(
+            f"{path}: expected format version 1 to {FORMAT_VERSION}, found {version!r}; upgrade partpar or partition again"
+        )
     try:
         return _parse(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PartitionFileError(f"{path}: not a valid manifest ({type(error).__name__}: {error}); restore the file or partition again") from error
+        raise PartitionFileError(
+            f"{path}: not a valid manifest ({type(error).__name__}: {error}); restore the file or partition again"
+        ) from error
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
@@ -131,7 +144,11 @@ def _record(raw: dict[str, Any]) -> FileRecord:
 
 def _offsets(raw: Iterable[int], num_parts: int) -> list[int]:
     offsets = [_count(n) for n in raw]
-    if len(offsets) != num_parts + 1 or offsets[0] != 0 or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if (
+        len(offsets) != num_parts + 1
+        or offsets[0] != 0
+        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
+    ):
         raise ValueError(f"expected {num_parts + 1} offsets that rise from 0, found {offsets[:8]}")
     return offsets
 

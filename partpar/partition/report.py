@@ -16,7 +16,9 @@ from partpar.partition.cut import ShareCounts
 Report = dict[str, Any]
 
 
-def quality_report(counts: list[ShareCounts], constraints: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> Report:
+def quality_report(
+    counts: list[ShareCounts], constraints: Mapping[str, np.ndarray], widths: Mapping[str, int]
+) -> Report:
     r"""Summarises a partition.
 
     Args:
@@ -32,7 +34,9 @@ def quality_report(counts: list[ShareCounts], constraints: Mapping[str, np.ndarr
     nodes, edges = {}, {}
     for node_type in node_types:
         owned = [c.owned[node_type] for c in counts]
-        halo_from = np.array([c.halo_from[node_type] for c in counts], dtype=np.int64).reshape(len(counts), -1)
+        halo_from = np.array([c.halo_from[node_type] for c in counts], dtype=np.int64).reshape(
+            len(counts), -1
+        )
         halo = halo_from.sum(1)
         width = widths.get(node_type)
         nodes[node_type] = {
@@ -48,7 +52,11 @@ def quality_report(counts: list[ShareCounts], constraints: Mapping[str, np.ndarr
     for edge_type in edge_types:
         of_part = [c.edges[edge_type] for c in counts]
         cut = [c.cut_edges[edge_type] for c in counts]
-        edges["__".join(edge_type)] = {"edges": of_part, "cut_edges": cut, "edge_cut": _ratio(sum(cut), sum(of_part))}
+        edges["__".join(edge_type)] = {
+            "edges": of_part,
+            "cut_edges": cut,
+            "edge_cut": _ratio(sum(cut), sum(of_part)),
+        }
     num_edges = sum(sum(e["edges"]) for e in edges.values())
     volume, owned_all = (sum(sum(n[key]) for n in nodes.values()) for key in ("halo", "owned"))
     balance = {
@@ -64,7 +72,9 @@ def quality_report(counts: list[ShareCounts], constraints: Mapping[str, np.ndarr
         "halo_share": _ratio(volume, volume + owned_all),
         "replication_factor": _ratio(volume + owned_all, owned_all),
         "balance": balance,
-        "constraints": {name: np.asarray(sums, dtype=np.float64).tolist() for name, sums in constraints.items()},
+        "constraints": {
+            name: np.asarray(sums, dtype=np.float64).tolist() for name, sums in constraints.items()
+        },
         "nodes": nodes,
         "edges": edges,
     }

@@ -55,13 +55,21 @@ def partition_graph(
     if not weights and algorithm == "multi-constraint-metis":
         weights = ["#nodes", "#in_edges"]
 
-    arguments = {"num_parts": num_parts, "algorithm": algorithm, "node_weight": weights, "edge_weight": edge_weight, "options": options}
+    arguments = {
+        "num_parts": num_parts,
+        "algorithm": algorithm,
+        "node_weight": weights,
+        "edge_weight": edge_weight,
+        "options": options,
+    }
     digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
     folder = partition_folder(root, algorithm, num_parts)
     if _stands(folder, digest, overwrite):
         return folder
     seed = options.get("seed", 0)
-    problem = make_problem(graph, num_parts, weights, edge_weight, seed if isinstance(seed, int) else _bad_seed(seed))
+    problem = make_problem(
+        graph, num_parts, weights, edge_weight, seed if isinstance(seed, int) else _bad_seed(seed)
+    )
     assignment = _assign(graph, problem, algorithm, options)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,8 @@ def partition_graph(
     try:
         os.chmod(scratch, 0o777 & ~_umask())
         constraints = {
-            name: np.bincount(assignment, np.asarray(w, dtype=np.float64), num_parts) for name, w in problem.node_weights.items()
+            name: np.bincount(assignment, np.asarray(w, dtype=np.float64), num_parts)
+            for name, w in problem.node_weights.items()
         }
         _write_all(graph, scratch, _by_type(graph, assignment), constraints, digest, arguments)
         _publish(scratch, folder, digest, overwrite)
@@ -82,7 +91,9 @@ def _check_names(graph: GraphData) -> None:
     for frame in [graph.node(t) for t in graph.node_types] + [graph.edge(t) for t in graph.edge_types]:
         for name in RESERVED:
             if name in frame:
-                raise GraphError(f"attribute {name!r} of {frame.what}: shares use this name themselves; rename it")
+                raise GraphError(
+                    f"attribute {name!r} of {frame.what}: shares use this name themselves; rename it"
+                )
 
 
 def _bad_seed(seed: Any) -> int:
@@ -107,15 +118,21 @@ def _stands(folder: Path, digest: str, overwrite: bool) -> bool:
     )
 
 
-def _assign(graph: GraphData, problem: registry.Problem, algorithm: str, options: dict[str, Any]) -> np.ndarray:
+def _assign(
+    graph: GraphData, problem: registry.Problem, algorithm: str, options: dict[str, Any]
+) -> np.ndarray:
     if algorithm != GIVEN:
         return registry.assign(algorithm, problem, **{k: v for k, v in options.items() if k != "seed"})
     given = options.get("assignment")
     if given is None or set(options) - {"assignment", "seed"}:
-        raise PartitionError(f"algorithm 'given': expected partition_kwargs={{'assignment': …}}, found {sorted(options)}")
+        raise PartitionError(
+            f"algorithm 'given': expected partition_kwargs={{'assignment': …}}, found {sorted(options)}"
+        )
     pieces = given if isinstance(given, Mapping) else {graph.node_types[0]: given}
     if set(pieces) != set(graph.node_types):
-        raise PartitionError(f"assignment: expected one for each of {graph.node_types}, found {sorted(pieces)}")
+        raise PartitionError(
+            f"assignment: expected one for each of {graph.node_types}, found {sorted(pieces)}"
+        )
     for node_type, piece in pieces.items():
         parts = np.asarray(piece)
         if parts.shape != (graph.num_nodes(node_type),) or parts.dtype.kind not in "iu":
@@ -123,7 +140,9 @@ def _assign(graph: GraphData, problem: registry.Problem, algorithm: str, options
                 f"assignment: expected {graph.num_nodes(node_type)} integers, found {parts.dtype} of shape {parts.shape}"
             )
         if parts.size and not 0 <= parts.min() <= parts.max() < problem.num_parts:
-            raise PartitionError(f"assignment: expected parts 0 to {problem.num_parts - 1}, found {parts.min()} to {parts.max()}")
+            raise PartitionError(
+                f"assignment: expected parts 0 to {problem.num_parts - 1}, found {parts.min()} to {parts.max()}"
+            )
     return np.concatenate([np.asarray(pieces[t]) for t in graph.node_types]).astype(np.int32)
 
 
@@ -157,7 +176,11 @@ def _write_all(
         run_id=digest,
         num_parts=num_parts,
         algorithm=arguments["algorithm"],
-        arguments={"node_weight": arguments["node_weight"], "edge_weight": arguments["edge_weight"], "options": options},
+        arguments={
+            "node_weight": arguments["node_weight"],
+            "edge_weight": arguments["edge_weight"],
+            "options": options,
+        },
         node_offsets={t: [0, *n.cumsum(0).tolist()] for t, n in owned.items()},
         edge_types=[(e, [0, *n.cumsum(0).tolist()]) for e, n in edges.items()],
         shares=shares,
