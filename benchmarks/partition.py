@@ -61,8 +61,8 @@ def volume(edge_index: np.ndarray, assignment: np.ndarray, num_parts: int) -> in
 
 
 def race(problem: Problem, runs: int) -> dict[str, float]:
-    r"""Seconds by the clock of LDG and METIS, the median of ``runs`` taken in turn: what else the machine does
-    then slows both alike."""
+    r"""Seconds by the clock of LDG and METIS, the median of ``runs`` taken in turn: what else the machine
+    does then slows both alike."""
     clock: dict[str, list[float]] = {"ldg": [], "metis": []}
     for _ in range(runs):
         for algorithm, seconds in clock.items():
