@@ -3,5 +3,6 @@ of workers."""
 
 from partpar.graph import GraphData
 from partpar.route import Route
+from partpar.training import init
 
-__all__ = ["GraphData", "Route"]
+__all__ = ["GraphData", "Route", "init"]

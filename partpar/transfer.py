@@ -96,7 +96,7 @@ class _Start(torch.autograd.Function):
         return landing
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         flight: _Flight = ctx.flight
         if flight.backward is None:  # a pass that is to be differentiated again: nothing was sent ahead
             return _Swap.apply(grad, flight.blocks.back()), None
@@ -116,7 +116,7 @@ class _Land(torch.autograd.Function):
         return landing.view_as(landing)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             return grad, None
         ctx.flight.backward = ctx.flight.blocks.back().begin(grad)
@@ -133,7 +133,7 @@ class _Swap(torch.autograd.Function):
         return blocks.begin(rows).wait()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Swap.apply(grad, ctx.blocks.back()), None
 
 
@@ -151,7 +151,7 @@ class Apply(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ReduceSum.apply(grad, ctx.route, ctx.blocks), None, None
 
 
@@ -166,7 +166,7 @@ class ReduceSum(torch.autograd.Function):
         return out.index_add_(0, route.send_index, flight.wait())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return Apply.apply(grad, ctx.route, ctx.blocks), None, None
 
 
@@ -191,7 +191,7 @@ class Max(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, out = ctx.saved_tensors
         tied = (x.detach() == ctx.route.apply(out.detach())).to(grad.dtype)
         ties = ctx.route.sum_copies(tied).clamp_(min=1)

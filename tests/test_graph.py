@@ -47,7 +47,7 @@ def test_homogeneous_round_trip() -> None:
     }
     back = graph.to_pyg_data()
     assert isinstance(back, Data) and set(back.keys()) == set(data.keys())
-    assert all(same(back[key], data[key]) for key in data.keys())
+    assert all(same(back[key], data[key]) for key in data.to_dict())
     graph.validate(num_classes=4)
 
 
@@ -58,7 +58,7 @@ def test_typed_round_trip() -> None:
     back = graph.to_pyg_data()
     assert isinstance(back, HeteroData) and back.title == "papers"
     for store, other in zip(data.stores, back.stores, strict=True):
-        assert all(same(store[key], other[key]) for key in store.keys())
+        assert all(same(store[key], other[key]) for key in store.to_dict())
     with pytest.raises(
         GraphError, match=r"expected a node type of \['author', 'paper', 'empty'\], found None"
     ):

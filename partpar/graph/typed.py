@@ -209,4 +209,4 @@ class TypedGraph:
             return next(iter(self._edges))
         if type not in self._edges:
             raise GraphError(f"expected an edge type of {self.edge_types}, found {type!r}")
-        return type  # type: ignore[return-value]
+        return type

@@ -24,10 +24,12 @@ RESERVED = ("raw_ids", "ids")  # names in the frames of every share
 
 
 def partition_folder(root: str | Path, algorithm: str, num_parts: int) -> Path:
+    r"""Where a partition stands."""
     return Path(root) / f"{algorithm}_{num_parts}"
 
 
 def share_file(part_id: int) -> str:
+    r"""The name of a share's file."""
     return f"{part_id:03d}.safetensors"
 
 
@@ -37,4 +39,5 @@ def node_key(node_type: str, *name: str) -> str:
 
 
 def edge_key(edge_type: EdgeType, *name: str) -> str:
+    r"""The tensor name of a piece of an edge type."""
     return "/".join(("edge", *(quote(s, safe="") for s in (*edge_type, *name))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _offsets(raw: Iterable[int], num_parts: int) -> list[int]:
     if (
         len(offsets) != num_parts + 1
         or offsets[0] != 0
-        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
+        or any(a > b for a, b in pairwise(offsets))
     ):
         raise ValueError(f"expected {num_parts + 1} offsets that rise from 0, found {offsets[:8]}")
     return offsets

@@ -31,7 +31,8 @@ def quality_report(
         ``balance`` gives max / mean over the parts; bytes are those of float32 rows.
     """
     node_types, edge_types = list(counts[0].owned), list(counts[0].edges)
-    nodes, edges = {}, {}
+    nodes: dict[str, Any] = {}
+    edges: dict[str, Any] = {}
     for node_type in node_types:
         owned = [c.owned[node_type] for c in counts]
         halo_from = np.array([c.halo_from[node_type] for c in counts], dtype=np.int64).reshape(
