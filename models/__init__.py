@@ -1,4 +1,5 @@
-r"""Reference architectures, with the constructor arguments of PyG's model zoo and ``forward(x, edge_index, route)``."""
+r"""Reference architectures, with the constructor arguments of PyG's model zoo and ``forward(x, edge_index,
+route)``."""
 
 from partpar.models.basic_gnn import BasicGNN
 from partpar.models.gat import GAT

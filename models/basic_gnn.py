@@ -17,8 +17,9 @@ from partpar.route import Route
 class BasicGNN(PyGBasicGNN):
     r"""Layers of one kind with activations, norms, dropout and jumping knowledge between them.
 
-    Arguments and parameters are those of PyG's models, and so are the keys of the ``state_dict``: weights move both
-    ways with ``load_state_dict``. Only with dropout there are step counters more, which PyG's models know nothing of.
+    Arguments and parameters are those of PyG's models, and so are the keys of the ``state_dict``: weights
+    move both ways with ``load_state_dict``. Only with dropout there are step counters more, which PyG's
+    models know nothing of.
 
     Args:
         in_channels (int): Size of each input row.
@@ -33,7 +34,8 @@ class BasicGNN(PyGBasicGNN):
         norm (str or Callable, optional): The norm, by PyG's name; ``"batch_norm"`` is
             :class:`~partpar.nn.SyncBatchNorm`. (default: :obj:`None`)
         norm_kwargs (dict, optional): Arguments of the norm.
-        jk (str, optional): Jumping knowledge: ``"last"``, ``"cat"``, ``"max"`` or ``"lstm"``, then a linear layer.
+        jk (str, optional): Jumping knowledge: ``"last"``, ``"cat"``, ``"max"`` or ``"lstm"``, then a linear
+            layer.
         seed (int, optional): The seed of dropout. (default: :obj:`0`)
         **kwargs (optional): Arguments of the layers.
 
@@ -41,12 +43,23 @@ class BasicGNN(PyGBasicGNN):
         ValueError: The norm has statistics over all rows and no partition-parallel counterpart.
     """
 
+    norms: torch.nn.ModuleList
+
     def __init__(
-        self, in_channels: int, hidden_channels: int, num_layers: int, out_channels: int | None = None, *args: Any, seed: int = 0, **kwargs: Any
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        num_layers: int,
+        out_channels: int | None = None,
+        *args: Any,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         self._seed = seed
         super().__init__(in_channels, hidden_channels, num_layers, out_channels, *args, **kwargs)
-        self.norms = torch.nn.ModuleList(with_global_statistics(norm, type(self).__name__) for norm in self.norms)
+        self.norms = torch.nn.ModuleList(
+            with_global_statistics(norm, type(self).__name__) for norm in self.norms
+        )
         # Even numbers for rows; attention, where there is any, takes the odd ones.
         self.dropouts = torch.nn.ModuleList(Dropout(self.dropout.p, seed, 2 * i) for i in range(num_layers))
         del self.dropout
@@ -58,7 +71,7 @@ class BasicGNN(PyGBasicGNN):
             if isinstance(module, Dropout):
                 module.reset_parameters()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         edge_index: Tensor,
@@ -84,7 +97,10 @@ class BasicGNN(PyGBasicGNN):
             ("edge_attr", edge_attr, self.supports_edge_attr),
         ):
             if value is not None and not supported:
-                raise ValueError(f"{type(self).__name__}: expected no {name}, since its layers do not use any, found one of shape {tuple(value.shape)}")
+                raise ValueError(
+                    f"{type(self).__name__}: expected no {name}, since its layers do not use any, found "
+                    f"one of shape {tuple(value.shape)}"
+                )
             if value is not None:
                 per_edge[name] = value
 

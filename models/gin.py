@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from partpar.models.basic_gnn import BasicGNN
+
 from partpar.nn import MLP, GINConv
 
 

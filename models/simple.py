@@ -1,6 +1,9 @@
-r"""The smallest partition-parallel network: a plain :class:`~torch_geometric.nn.MessagePassing` layer and one line."""
+r"""The smallest partition-parallel network: a plain :class:`~torch_geometric.nn.MessagePassing` layer and one
+line."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,21 +51,23 @@ class SimpleNet(torch.nn.Module):
         in_channels (int): Size of each input row.
         hidden_channels (int): Size of each hidden row.
         num_layers (int): Number of layers.
-        out_channels (int, optional): Size of each output row, made by a final linear map; :obj:`None` gives the hidden
-            rows. (default: :obj:`None`)
+        out_channels (int, optional): Size of each output row, made by a final linear map; :obj:`None` gives
+            the hidden rows. (default: :obj:`None`)
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int, num_layers: int, out_channels: int | None = None) -> None:
+    def __init__(
+        self, in_channels: int, hidden_channels: int, num_layers: int, out_channels: int | None = None
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [hidden_channels] * num_layers
-        self.convs = torch.nn.ModuleList(SimpleConv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = torch.nn.ModuleList(SimpleConv(a, b) for a, b in pairwise(widths))
         self.lin = torch.nn.Identity() if out_channels is None else torch.nn.Linear(widths[-1], out_channels)
 
     def reset_parameters(self) -> None:
         r"""Resets all learnable parameters."""
         for module in (*self.convs, self.lin):
             if not isinstance(module, torch.nn.Identity):
-                module.reset_parameters()  # type: ignore[operator]
+                module.reset_parameters()
 
     def forward(self, x: Tensor, edge_index: Tensor, route: Route) -> Tensor:
         r"""``[num_owned, in_channels]`` to ``[num_owned, out_channels]`` (collective)."""

@@ -1,5 +1,5 @@
-r"""Shares cut by hand, straight from the definition: what partitioned code is compared with, and fed by, in tests that
-need no partitioner."""
+r"""Shares cut by hand, straight from the definition: what partitioned code is compared with, and fed by, in
+tests that need no partitioner."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class HandmadeShare:
 
 
 def cut(data: Data, assignment: Tensor, rank: int, group: object) -> HandmadeShare:
-    r"""The share of ``rank``: its nodes by raw id, their in-edges in raw order, sources owned first and then the halo by
-    owner (collective)."""
+    r"""The share of ``rank``: its nodes by raw id, their in-edges in raw order, sources owned first and then
+    the halo by owner (collective)."""
     source, destination = data.edge_index
     owned = (assignment == rank).nonzero().flatten()
     edges = (assignment[destination] == rank).nonzero().flatten()
@@ -43,11 +43,14 @@ def cut(data: Data, assignment: Tensor, rank: int, group: object) -> HandmadeSha
     row = torch.full((int(data.num_nodes or 0),), -1)
     row[sources] = torch.arange(sources.numel())
     route = Route.from_raw_ids(sources, owned, group)  # type: ignore[arg-type]
-    return HandmadeShare(data, owned, edges, torch.stack([row[source[edges]], row[destination[edges]]]), route)
+    return HandmadeShare(
+        data, owned, edges, torch.stack([row[source[edges]], row[destination[edges]]]), route
+    )
 
 
 def assignments(num_nodes: int, world_size: int) -> dict[str, Tensor]:
-    r"""Hand-made partitions by name: an even one, one whose first part is empty, and one where one part has all."""
+    r"""Hand-made partitions by name: an even one, one whose first part is empty, and one where one part has
+    all."""
     draw = torch.Generator().manual_seed(world_size)
     even = torch.randint(world_size, (num_nodes,), generator=draw)
     empty = torch.randint(1, max(world_size, 2), (num_nodes,), generator=draw) if world_size > 1 else even

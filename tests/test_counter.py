@@ -17,7 +17,9 @@ def test_known_words() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_torch_fallback_gives_the_same_bits(dtype: torch.dtype) -> None:
-    ids = torch.cat([torch.arange(100), torch.randint(-(2**62), 2**62, (100,)), torch.tensor([2**63 - 1, -(2**63)])])
+    ids = torch.cat(
+        [torch.arange(100), torch.randint(-(2**62), 2**62, (100,)), torch.tensor([2**63 - 1, -(2**63)])]
+    )
     for words in [(0, 0, 0), (-5, 2**63, 9), (1 << 70, 3, 1 << 32)]:
         bits = counter._bits(counter.key(*words), ids, 5)
         digits = counter._DIGITS[dtype]
@@ -40,7 +42,8 @@ def test_a_draw_depends_on_its_words_alone() -> None:
 
 
 def test_uniform_by_chi_square() -> None:
-    r"""256 cells, 160 thousand draws, over ids, columns and steps: chi-square within 6 deviations of its mean, 255."""
+    r"""256 cells, 160 thousand draws, over ids, columns and steps: chi-square within 6 deviations of its
+    mean, 255."""
     ids = torch.arange(N)
     for drawn in (
         counter.uniform(0, 0, 0, ids, 8, torch.float64),
@@ -55,7 +58,8 @@ def test_uniform_by_chi_square() -> None:
 
 @pytest.mark.parametrize("bit", [0, 1, 10, 63])
 def test_neighbours_are_not_correlated(bit: int) -> None:
-    r"""Draws of ids, columns, steps, layers and seeds that differ by one bit: correlation within 5 deviations of 0."""
+    r"""Draws of ids, columns, steps, layers and seeds that differ by one bit: correlation within 5 deviations
+    of 0."""
     ids, flip = torch.arange(N), (1 << bit) if bit < 63 else -(2**63)
     drawn = counter.uniform(7, 0, 0, ids, 4, torch.float64)
     others = {
@@ -75,7 +79,9 @@ def test_neighbours_are_not_correlated(bit: int) -> None:
 
 def test_every_bit_is_fair() -> None:
     bits = counter._bits(counter.key(3, 1, 4), torch.arange(N), 4).flatten()
-    ones = torch.stack([(counter._shift(bits, b) & 1).double().mean() for b in range(1, 64)] + [(bits & 1).double().mean()])
+    ones = torch.stack(
+        [(counter._shift(bits, b) & 1).double().mean() for b in range(1, 64)] + [(bits & 1).double().mean()]
+    )
     assert (ones - 0.5).abs().max() < 5 * 0.5 / bits.numel() ** 0.5
 
 
@@ -91,7 +97,9 @@ def test_pairs_get_ids_of_their_own() -> None:
 def test_edges_of_probability() -> None:
     ids = torch.arange(50)
     assert not counter.below(0.0, 0, 0, 0, ids, 3).any() and counter.below(1.0, 0, 0, 0, ids, 3).all()
-    assert counter.uniform(0, 0, 0, ids[:0], 3).shape == (0, 3) and counter.below(0.5, 0, 0, 0, ids, 0).shape == (50, 0)
+    assert counter.uniform(0, 0, 0, ids[:0], 3).shape == (0, 3) and counter.below(
+        0.5, 0, 0, 0, ids, 0
+    ).shape == (50, 0)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def test_rate_scale_and_gradient() -> None:
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
     assert not torch.equal(dropout(x) > 0, kept), "the next step draws anew"
-    assert not torch.equal(Dropout(0.3, layer=1)(x) > 0, kept) and not torch.equal(Dropout(0.3, seed=1, layer=0)(x) > 0, kept)
+    assert not torch.equal(Dropout(0.3, layer=1)(x) > 0, kept) and not torch.equal(
+        Dropout(0.3, seed=1, layer=0)(x) > 0, kept
+    )
     assert not torch.equal(Dropout(0.3)(x) > 0, Dropout(0.3)(x) > 0), "layers without a number get one each"
     poisoned = torch.where(kept, 1.0, torch.inf)
     assert Dropout(0.3, layer=0)(poisoned).isfinite().all()
@@ -86,7 +88,9 @@ def test_weights_move_between_runs_with_and_without_dropout() -> None:
     plain, dropping = models.GAT(8, 4, 2, heads=2), models.GAT(8, 4, 2, heads=2, dropout=0.5)
     dropping(x, edges)
     dropping.load_state_dict(plain.state_dict())
-    assert [int(m.step) for m in dropping.modules() if isinstance(m, Dropout)] == [1, 1, 1, 0], "steps stay as they are"
+    assert [int(m.step) for m in dropping.modules() if isinstance(m, Dropout)] == [1, 1, 1, 0], (
+        "steps stay as they are"
+    )
     plain.load_state_dict(dropping.state_dict())
     torch.testing.assert_close(dropping.eval()(x, edges), plain.eval()(x, edges))
     dropping.reset_parameters()

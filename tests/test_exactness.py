@@ -1,5 +1,5 @@
-r"""Partitioning changes speed and memory, never results: training on 1 to 4 workers against PyG's own classes in one
-process, for every model, graph, partitioning algorithm and a partition with an empty part.
+r"""Partitioning changes speed and memory, never results: training on 1 to 4 workers against PyG's own classes
+in one process, for every model, graph, partitioning algorithm and a partition with an empty part.
 
 Errors are max ``|a - b| / max(1, |b|)`` unless said otherwise.
 """
@@ -83,7 +83,9 @@ def build(zoo: Any, data: Any, **options: Any) -> torch.nn.ModuleDict:
     torch.manual_seed(1)
     num_features, num_classes = data["num_features"], data["num_classes"]
     built = {
-        name: getattr(zoo, name)(num_features, 8, 2, num_classes, norm="batch_norm", **OPTIONS.get(name, {}), **options)
+        name: getattr(zoo, name)(
+            num_features, 8, 2, num_classes, norm="batch_norm", **OPTIONS.get(name, {}), **options
+        )
         for name in ZOO
     }
     built[USERS] = (PlainNet if zoo is pyg else UserNet)(num_features, 8, num_classes)
@@ -91,8 +93,8 @@ def build(zoo: Any, data: Any, **options: Any) -> torch.nn.ModuleDict:
 
 
 class Losses(torch.nn.Module):
-    r"""``[models]``, the loss of each. Models have no weight in common, so training them by the sum of their losses is
-    training each by its own, and one pass of :class:`DistributedDataParallel` serves all."""
+    r"""``[models]``, the loss of each. Models have no weight in common, so training them by the sum of their
+    losses is training each by its own, and one pass of :class:`DistributedDataParallel` serves all."""
 
     def __init__(self, built: torch.nn.ModuleDict, loss_of: Callable[[torch.nn.Module], Tensor]) -> None:
         super().__init__()
@@ -115,7 +117,12 @@ class Plan(NamedTuple):
     steps: int = STEPS
 
 
-SGD, ADAM, FLOAT32, DROPOUT = Plan(), Plan("Adam"), Plan(dtype=torch.float32, steps=1), Plan(dropout=0.5, steps=5)
+SGD, ADAM, FLOAT32, DROPOUT = (
+    Plan(),
+    Plan("Adam"),
+    Plan(dtype=torch.float32, steps=1),
+    Plan(dropout=0.5, steps=5),
+)
 PLANS = (SGD, ADAM, FLOAT32)
 
 
@@ -133,11 +140,18 @@ def train(losses_of: torch.nn.Module, built: torch.nn.ModuleDict, plan: Plan) ->
         for name, model in built.items():
             grads[name].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         optimizer.step()
-    weights = {name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in built.items()}
-    return {name: Run(torch.stack(losses)[:, i], torch.stack(grads[name]), weights[name]) for i, name in enumerate(built)}
+    weights = {
+        name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in built.items()
+    }
+    return {
+        name: Run(torch.stack(losses)[:, i], torch.stack(grads[name]), weights[name])
+        for i, name in enumerate(built)
+    }
 
 
-def worker_case(worker: Worker, root: Path, algorithm: str, state: dict[str, Tensor], plans: tuple[Plan, ...]) -> dict[Plan, Any]:
+def worker_case(
+    worker: Worker, root: Path, algorithm: str, state: dict[str, Tensor], plans: tuple[Plan, ...]
+) -> dict[Plan, Any]:
     r"""Trains all models through DDP on this worker's share."""
     share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
     route = share.to_route(worker.group)
@@ -158,7 +172,7 @@ def worker_case(worker: Worker, root: Path, algorithm: str, state: dict[str, Ten
     return runs
 
 
-# --- the reference, once per graph --------------------------------------------------------------------------------------
+# --- the reference, once per graph --------------------------------------------------------------------------
 
 
 @functools.cache
@@ -180,27 +194,37 @@ def load(graph: str) -> Data:
 
 @functools.cache
 def reference(graph: str) -> tuple[dict[str, Tensor], dict[Plan, dict[str, Run]], dict[str, Tensor]]:
-    r"""Initial weights, the runs of PyG's models, and which of their parameters are biases that feed a norm."""
+    r"""Initial weights, the runs of PyG's models, and which of their parameters are biases that feed a
+    norm."""
     data, runs = load(graph), {}
     for plan in PLANS:
         built = build(pyg, data)
         state = {key: value.clone() for key, value in built.state_dict().items()}
 
-        def loss_of(model: torch.nn.Module, x: Tensor = data.x.to(plan.dtype)) -> Tensor:
+        x = data.x.to(plan.dtype)
+
+        def loss_of(model: torch.nn.Module, x: Tensor = x) -> Tensor:
             return F.cross_entropy(model(x, data.edge_index)[data.train_mask], data.y[data.train_mask])
 
         runs[plan] = train(Losses(built.to(plan.dtype), loss_of), built, plan)
     feeds = {
-        name: torch.cat([torch.full((p.numel(),), feeds_a_norm(name, key, model)) for key, p in model.named_parameters()])
+        name: torch.cat(
+            [torch.full((p.numel(),), feeds_a_norm(name, key, model)) for key, p in model.named_parameters()]
+        )
         for name, model in built.items()
     }
     return state, runs, feeds
 
 
 def feeds_a_norm(name: str, parameter: str, model: torch.nn.Module) -> bool:
-    r"""Whether a parameter is a bias that the next norm takes away again: its gradient is 0 but for rounding, which
-    Adam blows up to full steps."""
-    if name == USERS or not parameter.startswith("convs.") or not parameter.endswith("bias") or ".norms." in parameter:
+    r"""Whether a parameter is a bias that the next norm takes away again: its gradient is 0 but for rounding,
+    which Adam blows up to full steps."""
+    if (
+        name == USERS
+        or not parameter.startswith("convs.")
+        or not parameter.endswith("bias")
+        or ".norms." in parameter
+    ):
         return False
     last = parameter.startswith(f"convs.{len(model.convs) - 1}.")
     return not last or ".nn.lins.0." in parameter
@@ -223,10 +247,16 @@ def partitions(tmp_path_factory: pytest.TempPathFactory) -> Any:
             node_weight = ["#nodes", "train_mask"]
         if algorithm == "given":  # by hand: nobody is in part 0, unless it is the only one
             draw = torch.Generator().manual_seed(num_parts)
-            part = torch.randint(1, num_parts, (data.num_nodes,), generator=draw) if num_parts > 1 else torch.zeros(data.num_nodes)
+            part = (
+                torch.randint(1, num_parts, (data.num_nodes,), generator=draw)
+                if num_parts > 1
+                else torch.zeros(data.num_nodes)
+            )
             options = {"assignment": part.long()}
         whole = GraphData.from_pyg_data(data)
-        whole.partition_graph(folder / graph, num_parts, node_weight, algorithm=algorithm, partition_kwargs=options)
+        whole.partition_graph(
+            folder / graph, num_parts, node_weight, algorithm=algorithm, partition_kwargs=options
+        )
         return folder / graph
 
     return cut
@@ -235,7 +265,9 @@ def partitions(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.filterwarnings("ignore:.*balance")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_training_is_that_of_one_process(gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str) -> None:
+def test_training_is_that_of_one_process(
+    gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str
+) -> None:
     state, expected, feeds = reference(graph)
     root = partitions(graph, algorithm, world_size)
     results = gang.run(worker_case, world_size, root, algorithm, state, PLANS, timeout=120)
@@ -273,10 +305,14 @@ def test_dropout_agrees_for_any_number_of_workers(gang: Gang, partitions: Any, g
     runs = {}
     for num_parts, algorithm in ((1, "metis"), (2, "given"), (2, "metis"), (3, "metis"), (4, "ldg")):
         root = partitions(graph, algorithm, num_parts)
-        runs[num_parts, algorithm] = gang.run(worker_case, num_parts, root, algorithm, state, (DROPOUT,))[0][DROPOUT]
+        runs[num_parts, algorithm] = gang.run(worker_case, num_parts, root, algorithm, state, (DROPOUT,))[0][
+            DROPOUT
+        ]
     for name in ZOO:
         alone = runs[1, "metis"][name]
-        assert error(alone.losses, expected[SGD][name].losses[: DROPOUT.steps]) > 1e-3, "dropout does something"
+        assert error(alone.losses, expected[SGD][name].losses[: DROPOUT.steps]) > 1e-3, (
+            "dropout does something"
+        )
         for where, run in runs.items():
             assert error(run[name].losses, alone.losses) < 1e-10, (name, where)
             assert error(run[name].grads, alone.grads) < 1e-10, (name, where)

@@ -33,14 +33,18 @@ def mean_case(worker: Worker, how: str, dtype: torch.dtype) -> tuple[float, floa
         return (rows @ weight).square()
 
     weight = torch.ones(3, dtype=dtype, requires_grad=True)
-    value = global_mean(loss(weight, x[part].nan_to_num()).where(~x[part].isnan().any(1), torch.nan), mask[part], **where)
+    value = global_mean(
+        loss(weight, x[part].nan_to_num()).where(~x[part].isnan().any(1), torch.nan), mask[part], **where
+    )
     value.backward()
     torch.distributed.all_reduce(weight.grad, group=worker.group)
     reference = torch.ones(3, dtype=dtype, requires_grad=True)
     expected = loss(reference, x[mask]).mean()
     expected.backward()
     assert abs(float(value) - float(expected)) <= 4 * torch.finfo(dtype).eps * float(expected)
-    return float(value), float((weight.grad / worker.world_size - reference.grad).abs().max() / reference.grad.abs().max())
+    return float(value), float(
+        (weight.grad / worker.world_size - reference.grad).abs().max() / reference.grad.abs().max()
+    )
 
 
 @pytest.mark.parametrize("how", ["route", "group", "default"])

@@ -1,4 +1,5 @@
-r"""Mistakes put in on purpose, each of which the comparison with one process must notice; listed in ``MUTANTS.rst``.
+r"""Mistakes put in on purpose, each of which the comparison with one process must notice; listed in
+``MUTANTS.rst``.
 
 Each mutant breaks one promise inside the workers, in one place. The same comparison without any passes.
 """
@@ -135,9 +136,11 @@ MUTANTS: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
 ]
 
 
-def compare(worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None) -> tuple[float, float]:
-    r"""The largest errors of three steps' losses and gradients, without dropout against PyG in one process, with
-    dropout against ours in one process."""
+def compare(
+    worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None
+) -> tuple[float, float]:
+    r"""The largest errors of three steps' losses and gradients, without dropout against PyG in one process,
+    with dropout against ours in one process."""
     data = directed_graph()
     share = cut(data, assignments(data.num_nodes, worker.world_size)["even"], worker.rank, worker.group)
     trained: list[tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]] = []

@@ -53,7 +53,10 @@ def test_models_are_pygs_in_one_process(name: str, options: dict[str, Any], attr
     theirs.load_state_dict(ours.state_dict())  # weights move both ways
     per_edge = {attribute: data[attribute]} if attribute else {}
     for route in (None, Route.trivial(data.num_nodes)):
-        expected, found = theirs(data.x, data.edge_index, **per_edge), ours(data.x, data.edge_index, route, **per_edge)
+        expected, found = (
+            theirs(data.x, data.edge_index, **per_edge),
+            ours(data.x, data.edge_index, route, **per_edge),
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         for model, out in ((theirs, expected), (ours, found)):
             model.zero_grad()
@@ -64,13 +67,15 @@ def test_models_are_pygs_in_one_process(name: str, options: dict[str, Any], attr
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value)
     theirs.eval(), ours.eval()
-    torch.testing.assert_close(ours(data.x, data.edge_index, **per_edge), theirs(data.x, data.edge_index, **per_edge))
+    torch.testing.assert_close(
+        ours(data.x, data.edge_index, **per_edge), theirs(data.x, data.edge_index, **per_edge)
+    )
     before = [p.clone() for p in ours.parameters()]
     ours.reset_parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
 
 
-# --- layers on several workers ------------------------------------------------------------------------------------------
+# --- layers on several workers ------------------------------------------------------------------------------
 
 
 def mlp(norm: type[torch.nn.Module] | None = None) -> Sequential:
@@ -84,7 +89,9 @@ class UserConv(pyg.MessagePassing):
         super().__init__(aggr="max")
         self.lin = Linear(8 + 8 + 3, 6)
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_attr: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_attr: Tensor | None = None
+    ) -> Tensor:
         dst_len = x.size(0)
         x = x if route is None else route.apply(x)
         return self.propagate(edge_index, x=x, edge_attr=edge_attr)[:dst_len]
@@ -96,17 +103,37 @@ class UserConv(pyg.MessagePassing):
 # Name: ours, PyG's, edge attribute (as another argument).
 LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Module], str]] = {
     "GCN": (lambda: nn.GCNConv(8, 6), lambda: pyg.GCNConv(8, 6), ""),
-    "GCN weights": (lambda: nn.GCNConv(8, 6, improved=True), lambda: pyg.GCNConv(8, 6, improved=True), "edge_weight"),
-    "GCN loops": (lambda: nn.GCNConv(8, 6, add_self_loops=False), lambda: pyg.GCNConv(8, 6, add_self_loops=False), ""),
+    "GCN weights": (
+        lambda: nn.GCNConv(8, 6, improved=True),
+        lambda: pyg.GCNConv(8, 6, improved=True),
+        "edge_weight",
+    ),
+    "GCN loops": (
+        lambda: nn.GCNConv(8, 6, add_self_loops=False),
+        lambda: pyg.GCNConv(8, 6, add_self_loops=False),
+        "",
+    ),
     "SAGE": (lambda: nn.SAGEConv(8, 6), lambda: pyg.SAGEConv(8, 6), ""),
-    "SAGE max": (lambda: nn.SAGEConv(8, 6, aggr="max", project=True), lambda: pyg.SAGEConv(8, 6, aggr="max", project=True), ""),
+    "SAGE max": (
+        lambda: nn.SAGEConv(8, 6, aggr="max", project=True),
+        lambda: pyg.SAGEConv(8, 6, aggr="max", project=True),
+        "",
+    ),
     "SAGE softmax": (
-        lambda: nn.SAGEConv(8, 6, aggr="softmax", aggr_kwargs={"learn": True}, root_weight=False, normalize=True),
-        lambda: pyg.SAGEConv(8, 6, aggr="softmax", aggr_kwargs={"learn": True}, root_weight=False, normalize=True),
+        lambda: nn.SAGEConv(
+            8, 6, aggr="softmax", aggr_kwargs={"learn": True}, root_weight=False, normalize=True
+        ),
+        lambda: pyg.SAGEConv(
+            8, 6, aggr="softmax", aggr_kwargs={"learn": True}, root_weight=False, normalize=True
+        ),
         "",
     ),
     "GAT": (lambda: nn.GATConv(8, 3, heads=2), lambda: pyg.GATConv(8, 3, heads=2), ""),
-    "GAT pair": (lambda: nn.GATConv((8, 8), 6, concat=False), lambda: pyg.GATConv((8, 8), 6, concat=False), ""),
+    "GAT pair": (
+        lambda: nn.GATConv((8, 8), 6, concat=False),
+        lambda: pyg.GATConv((8, 8), 6, concat=False),
+        "",
+    ),
     "GAT edges": (
         lambda: nn.GATConv(8, 3, heads=2, edge_dim=3, residual=True),
         lambda: pyg.GATConv(8, 3, heads=2, edge_dim=3, residual=True),
@@ -117,8 +144,16 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         lambda: pyg.GATConv(8, 6, edge_dim=1, add_self_loops=False),
         "edge_attr=edge_weight",
     ),
-    "GATv2": (lambda: nn.GATv2Conv(8, 3, heads=2, edge_dim=3), lambda: pyg.GATv2Conv(8, 3, heads=2, edge_dim=3), "edge_attr"),
-    "GIN": (lambda: nn.GINConv(mlp(nn.SyncBatchNorm), train_eps=True), lambda: pyg.GINConv(mlp(pyg.BatchNorm), train_eps=True), ""),
+    "GATv2": (
+        lambda: nn.GATv2Conv(8, 3, heads=2, edge_dim=3),
+        lambda: pyg.GATv2Conv(8, 3, heads=2, edge_dim=3),
+        "edge_attr",
+    ),
+    "GIN": (
+        lambda: nn.GINConv(mlp(nn.SyncBatchNorm), train_eps=True),
+        lambda: pyg.GINConv(mlp(pyg.BatchNorm), train_eps=True),
+        "",
+    ),
     "GINE": (lambda: nn.GINEConv(mlp(), edge_dim=3), lambda: pyg.GINEConv(mlp(), edge_dim=3), "edge_attr"),
     "Transformer": (
         lambda: nn.RoutedConv(pyg.TransformerConv(8, 3, heads=2, edge_dim=3)),
@@ -126,13 +161,18 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         "edge_attr",
     ),
     "routed GAT": (lambda: nn.RoutedConv(pyg.GATConv(8, 3, heads=2)), lambda: pyg.GATConv(8, 3, heads=2), ""),
-    "routed GraphConv": (lambda: nn.RoutedConv(pyg.GraphConv(8, 6)), lambda: pyg.GraphConv(8, 6), "edge_weight"),
+    "routed GraphConv": (
+        lambda: nn.RoutedConv(pyg.GraphConv(8, 6)),
+        lambda: pyg.GraphConv(8, 6),
+        "edge_weight",
+    ),
     "user's": (UserConv, UserConv, "edge_attr"),
 }
 
 
 def layer_case(worker: Worker) -> dict[str, float]:
-    r"""The largest error of outputs and gradients (rows, edge attributes, parameters) of every layer and partition."""
+    r"""The largest error of outputs and gradients (rows, edge attributes, parameters) of every layer and
+    partition."""
     data = directed_graph()
     weight = torch.randn(data.num_nodes, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     errors = {}
@@ -162,7 +202,10 @@ def layer_case(worker: Worker) -> dict[str, float]:
                 assert a.grad is not None, "a worker without rows uses every parameter all the same"
                 torch.distributed.all_reduce(a.grad, group=worker.group)
                 pairs.append((a.grad, b.grad))
-            worst = max((float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs if a.numel()), default=0.0)
+            worst = max(
+                (float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs if a.numel()),
+                default=0.0,
+            )
             errors[f"{kind}: {name}"] = worst
     return errors
 
@@ -197,16 +240,25 @@ def model_case(worker: Worker) -> dict[str, float]:
     errors = {}
     for (name, options, attribute), key in zip(ZOO, IDS, strict=True):
         theirs, ours = zoo_pair(name, options)
-        found = ours(share.node("x"), share.edge_index, share.route, **({attribute: share.edge(attribute)} if attribute else {}))
+        found = ours(
+            share.node("x"),
+            share.edge_index,
+            share.route,
+            **({attribute: share.edge(attribute)} if attribute else {}),
+        )
         expected = theirs(data.x, data.edge_index, **({attribute: data[attribute]} if attribute else {}))
         loss = F.cross_entropy(expected, data.y)
-        own_loss = nn.global_mean(F.cross_entropy(found, share.node("y"), reduction="none"), route=share.route)
+        own_loss = nn.global_mean(
+            F.cross_entropy(found, share.node("y"), reduction="none"), route=share.route
+        )
         loss.backward(), own_loss.backward()
         pairs = [(own_loss.detach(), loss.detach()), (found.detach(), expected[share.owned].detach())]
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.distributed.all_reduce(a.grad, group=worker.group)
             pairs.append((a.grad / worker.world_size, b.grad))
-        pairs += [(ours.state_dict()[key], value) for key, value in theirs.state_dict().items() if "running" in key]
+        pairs += [
+            (ours.state_dict()[key], value) for key, value in theirs.state_dict().items() if "running" in key
+        ]
         errors[key] = max(float((a - b).abs().max()) for a, b in pairs if a.numel())
     return errors
 
@@ -226,7 +278,10 @@ def simple_case(worker: Worker) -> list[float]:
     out = net(share.node("x"), share.edge_index, share.route)
     mean = pyg.SimpleConv(aggr="mean")(data.x, data.edge_index)
     first = net.convs[0](data.x, data.edge_index, Route.trivial(60))
-    return [float((whole[share.owned] - out).abs().max()), float((F.relu(net.convs[0].linear(mean)) - first).abs().max())]
+    return [
+        float((whole[share.owned] - out).abs().max()),
+        float((F.relu(net.convs[0].linear(mean)) - first).abs().max()),
+    ]
 
 
 def test_simple_net(gang: Gang) -> None:
@@ -236,7 +291,7 @@ def test_simple_net(gang: Gang) -> None:
     assert net(torch.randn(60, 8), directed_graph().edge_index, Route.trivial(60)).shape == (60, 5)
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 class Nested(torch.nn.Module):
@@ -253,11 +308,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "several hops": (lambda: nn.RoutedConv(pyg.APPNP(2, 0.1)), "found APPNP"),
     "routed twice": (lambda: nn.RoutedConv(nn.SAGEConv(2, 2)), "found SAGEConv"),
     "flow": (lambda: nn.RoutedConv(pyg.SAGEConv(2, 2, flow="target_to_source")), "found 'target_to_source'"),
-    "own flow": (lambda: nn.GATConv(2, 2, flow="target_to_source"), "GATConv: expected flow='source_to_target'"),
-    "norm inside": (lambda: nn.RoutedConv(pyg.GINConv(mlp(torch.nn.BatchNorm1d))), "BatchNorm1d.*use partpar.nn.SyncBatchNorm"),
+    "own flow": (
+        lambda: nn.GATConv(2, 2, flow="target_to_source"),
+        "GATConv: expected flow='source_to_target'",
+    ),
+    "norm inside": (
+        lambda: nn.RoutedConv(pyg.GINConv(mlp(torch.nn.BatchNorm1d))),
+        "BatchNorm1d.*use partpar.nn.SyncBatchNorm",
+    ),
     "norm in GIN": (lambda: nn.GINConv(mlp(pyg.GraphNorm)), "GINConv: .*GraphNorm"),
     "norm in GINE": (lambda: nn.GINEConv(mlp(pyg.BatchNorm)), "GINEConv: .*BatchNorm"),
-    "out of reach": (lambda: nn.GINConv(Nested(nn.SyncBatchNorm(2))), r"SyncBatchNorm \(at 'members.0'\).*hand it the route"),
+    "out of reach": (
+        lambda: nn.GINConv(Nested(nn.SyncBatchNorm(2))),
+        r"SyncBatchNorm \(at 'members.0'\).*hand it the route",
+    ),
     "dropout out of reach": (lambda: nn.GINConv(Nested(nn.Dropout())), "found Dropout"),
     "graph norm": (lambda: models.GCN(2, 2, 2, norm="graph_norm"), "GCN: .*GraphNorm"),
     "layer norm": (lambda: models.GIN(2, 2, 2, norm="layer_norm"), "mode='node'"),
@@ -287,7 +351,10 @@ def test_refuses_inputs_that_do_not_fit() -> None:
         (lambda: nn.GATConv(8, 4)(x, edges, edge_attr=data.edge_attr[1:]), "edge_attr"),
         (lambda: nn.GATv2Conv(8, 4).double()(x, edges, edge_attr=data.edge_attr), "set edge_dim"),
         (lambda: nn.GINEConv(mlp())(x, edges), "use GINConv"),
-        (lambda: models.GraphSAGE(8, 4, 2)(x, edges, edge_weight=data.edge_weight), "expected no edge_weight"),
+        (
+            lambda: models.GraphSAGE(8, 4, 2)(x, edges, edge_weight=data.edge_weight),
+            "expected no edge_weight",
+        ),
         (lambda: conv(x[:-1], edges, Route.trivial(60)), "expected 60 rows"),
     ]:
         with pytest.raises(ValueError, match=said):

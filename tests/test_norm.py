@@ -25,7 +25,11 @@ def own_rows(worker: Worker, num_rows: int, empty: bool) -> tuple[Tensor, Route]
     r"""Which rows of a matrix are this rank's: uneven, and none on rank 0 where ``empty``."""
     draw = torch.Generator().manual_seed(1)
     low = 1 if empty and worker.world_size > 1 else 0
-    owner = torch.randint(low, worker.world_size, (num_rows,), generator=draw) if worker.world_size > 1 else torch.zeros(num_rows)
+    owner = (
+        torch.randint(low, worker.world_size, (num_rows,), generator=draw)
+        if worker.world_size > 1
+        else torch.zeros(num_rows)
+    )
     ids = (owner == worker.rank).nonzero().flatten()
     return ids, Route.from_raw_ids(ids, ids, worker.group)
 
@@ -61,7 +65,9 @@ def norm_case(worker: Worker, wrapped: bool) -> float:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["torch's", "PyG's"])
-def test_statistics_and_gradients_are_those_of_one_process(gang: Gang, world_size: int, wrapped: bool) -> None:
+def test_statistics_and_gradients_are_those_of_one_process(
+    gang: Gang, world_size: int, wrapped: bool
+) -> None:
     assert max(gang.run(norm_case, world_size, wrapped)) < 1e-10
 
 
@@ -75,15 +81,20 @@ def precision_case(worker: Worker, dtype: torch.dtype, offset: float) -> tuple[f
     return float((found - expected).abs().max()) if ids.numel() else 0.0, found.dtype
 
 
-@pytest.mark.parametrize(("dtype", "offset", "tolerance"), [(torch.float32, 0, 1e-6), (torch.float32, 3e4, 1e-6), (torch.bfloat16, 0, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "offset", "tolerance"),
+    [(torch.float32, 0, 1e-6), (torch.float32, 3e4, 1e-6), (torch.bfloat16, 0, 2e-2)],
+)
 def test_precision(gang: Gang, dtype: torch.dtype, offset: float, tolerance: float) -> None:
-    r"""In float32 with a mean of 30 thousand, the naive mean of squares less square of mean has no correct digit."""
+    r"""In float32 with a mean of 30 thousand, the naive mean of squares less square of mean has no correct
+    digit."""
     for error, kind in gang.run(precision_case, 3, dtype, offset):
         assert kind == dtype and error < tolerance
 
 
 def gradient_case(worker: Worker) -> bool:
-    r"""Second derivatives: each rank's numeric one against the analytic one, of a function of all ranks' rows."""
+    r"""Second derivatives: each rank's numeric one against the analytic one, of a function of all ranks'
+    rows."""
     ids, route = own_rows(worker, 6, False)
     norm = nn.SyncBatchNorm(2).double()
     rows = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -107,14 +118,19 @@ def single_case(worker: Worker, kind: str) -> tuple[int, ...]:
     r"""One row on the last rank, none elsewhere."""
     ids = torch.zeros(int(worker.rank == worker.world_size - 1), dtype=torch.int64)
     route = Route.from_raw_ids(ids, ids, worker.group)
-    norm: torch.nn.Module = nn.SyncBatchNorm(4) if kind == "torch's" else nn.BatchNorm(4, allow_single_element=True)
+    norm: torch.nn.Module = (
+        nn.SyncBatchNorm(4) if kind == "torch's" else nn.BatchNorm(4, allow_single_element=True)
+    )
     return tuple(norm(torch.ones(ids.numel(), 4), route).shape)
 
 
 def test_one_row_in_all_is_refused_everywhere(gang: Gang) -> None:
     said = "Expected more than 1 value per channel when training, got input size torch.Size([1, 4])"
     for world_size in (1, 3):
-        assert gang.run_expecting_errors(single_case, world_size, "torch's") == [("ValueError", said)] * world_size
+        assert (
+            gang.run_expecting_errors(single_case, world_size, "torch's")
+            == [("ValueError", said)] * world_size
+        )
     assert gang.run(single_case, 3, "PyG's, allowed") == [(0, 4), (0, 4), (1, 4)]
 
 

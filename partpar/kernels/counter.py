@@ -1,10 +1,10 @@
 r"""Counter-based random numbers: a draw is a function of *what* it is for, never of when or where it is made.
 
-The bits for (seed, step, layer, raw id, column) come from a chain of 64-bit finalisers, in the spirit of Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): the first three words are absorbed into a key, the raw
-id gives each row a stream of its own, and the column is the position in that SplitMix64 stream (Steele et al.,
-"Fast splittable pseudorandom number generators", OOPSLA 2014). So any worker, in any order, on any device, draws the
-same bits for the same row.
+The bits for (seed, step, layer, raw id, column) come from a chain of 64-bit finalisers, in the spirit of
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): the first three words are absorbed
+into a key, the raw id gives each row a stream of its own, and the column is the position in that SplitMix64
+stream (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014). So any worker, in any
+order, on any device, draws the same bits for the same row.
 
 The compiled functions take and return ``uint64`` scalars and may be called from other kernels.
 """
@@ -29,7 +29,7 @@ _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat
 
 
 @numba.njit(inline="always")
-def mix(word: np.uint64) -> np.uint64:  # type: ignore[type-arg]
+def mix(word: np.uint64) -> np.uint64:
     """A bijection of 64-bit words in which every input bit reaches every output bit."""
     word = (word ^ (word >> _U_30)) * _U_MUL_1
     word = (word ^ (word >> _U_27)) * _U_MUL_2
@@ -37,19 +37,19 @@ def mix(word: np.uint64) -> np.uint64:  # type: ignore[type-arg]
 
 
 @numba.njit(inline="always")
-def absorb(state: np.uint64, word: np.uint64) -> np.uint64:  # type: ignore[type-arg]
+def absorb(state: np.uint64, word: np.uint64) -> np.uint64:
     """Takes one more word into a state."""
     return mix((state ^ word) + _U_WEYL)
 
 
 @numba.njit(inline="always")
-def draw(row: np.uint64, column: np.uint64) -> np.uint64:  # type: ignore[type-arg]
+def draw(row: np.uint64, column: np.uint64) -> np.uint64:
     """The 64 random bits of a column; ``row`` is ``absorb(key, raw id)``."""
     return mix(row + (column + np.uint64(1)) * _U_WEYL)
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_uniform(lo, hi, out, ids, key, digits):  # type: ignore[no-untyped-def]
+def _fill_uniform(lo: int, hi: int, out: np.ndarray, ids: np.ndarray, key: np.uint64, digits: int) -> None:
     shift, scale = np.uint64(64 - digits), 2.0**-digits
     for i in range(lo, hi):
         row = absorb(key, np.uint64(ids[i]))
@@ -58,7 +58,9 @@ def _fill_uniform(lo, hi, out, ids, key, digits):  # type: ignore[no-untyped-def
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_below(lo, hi, out, ids, key, threshold):  # type: ignore[no-untyped-def]
+def _fill_below(
+    lo: int, hi: int, out: np.ndarray, ids: np.ndarray, key: np.uint64, threshold: np.uint64
+) -> None:
     for i in range(lo, hi):
         row = absorb(key, np.uint64(ids[i]))
         for column in range(out.shape[1]):
@@ -69,40 +71,47 @@ def key(seed: int, step: int, layer: int) -> int:
     r"""The 64-bit key of everything drawn for one layer at one step."""
     state = _WEYL
     for word in (seed, step, layer):
-        state = (((state ^ (word & _WORD)) + _WEYL) & _WORD)
+        state = ((state ^ (word & _WORD)) + _WEYL) & _WORD
         state = ((state ^ (state >> 30)) * _MUL_1) & _WORD
         state = ((state ^ (state >> 27)) * _MUL_2) & _WORD
         state ^= state >> 31
     return state
 
 
-def uniform(seed: int, step: int, layer: int, ids: Tensor, num_columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(
+    seed: int, step: int, layer: int, ids: Tensor, num_columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     r"""Uniform numbers in ``[0, 1)``.
 
     Args:
         seed, step, layer: Any integers; 64 bits of each count.
         ids: ``[N]`` int64, the raw id of each row.
         num_columns: Draws for each row.
-        dtype: A floating dtype. All multiples of ``2 ** -digits`` are equally likely, where digits are 53, 24, 11 and
-            8 for float64, float32, float16 and bfloat16; 0 is one of them and 1 is not.
+        dtype: A floating dtype. All multiples of ``2 ** -digits`` are equally likely, where digits are 53,
+            24, 11 and 8 for float64, float32, float16 and bfloat16; 0 is one of them and 1 is not.
 
     Returns:
         ``[N, num_columns]`` on the device of :obj:`ids`; the same bits on every device.
     """
     _check(ids, num_columns)
     if dtype not in _DIGITS:
-        raise ValueError(f"expected a dtype of {', '.join(map(str, _DIGITS))} for uniform numbers, found {dtype}")
+        raise ValueError(
+            f"expected a dtype of {', '.join(map(str, _DIGITS))} for uniform numbers, found {dtype}"
+        )
     digits = _DIGITS[dtype]
     if ids.device.type == "cpu":
         out = torch.empty((ids.numel(), num_columns), dtype=dtype if digits > 11 else torch.float32)
-        _fill_uniform(0, ids.numel(), out.numpy(), ids.contiguous().numpy(), np.uint64(key(seed, step, layer)), digits)
+        _fill_uniform(
+            0, ids.numel(), out.numpy(), ids.contiguous().numpy(), np.uint64(key(seed, step, layer)), digits
+        )
         return out.to(dtype)
     bits = _bits(key(seed, step, layer), ids, num_columns)
     return (_shift(bits, 64 - digits).to(torch.float64) * 2.0**-digits).to(dtype)
 
 
 def below(p: float, seed: int, step: int, layer: int, ids: Tensor, num_columns: int) -> Tensor:
-    r"""Which of the draws of :func:`uniform` (in float64) are less than :obj:`p`: true with probability :obj:`p`.
+    r"""Which of the draws of :func:`uniform` (in float64) are less than :obj:`p`: true with probability
+    :obj:`p`.
 
     Args:
         p: In ``[0, 1]``.
@@ -117,14 +126,21 @@ def below(p: float, seed: int, step: int, layer: int, ids: Tensor, num_columns: 
     threshold = math.ceil(p * 2.0**53)
     if ids.device.type == "cpu":
         out = torch.empty((ids.numel(), num_columns), dtype=torch.bool)
-        _fill_below(0, ids.numel(), out.numpy(), ids.contiguous().numpy(), np.uint64(key(seed, step, layer)), np.uint64(threshold))
+        _fill_below(
+            0,
+            ids.numel(),
+            out.numpy(),
+            ids.contiguous().numpy(),
+            np.uint64(key(seed, step, layer)),
+            np.uint64(threshold),
+        )
         return out
     return _shift(_bits(key(seed, step, layer), ids, num_columns), 11) < threshold
 
 
 def pair_ids(first: Tensor, second: Tensor) -> Tensor:
-    r"""One 64-bit id for each ordered pair of ids, for draws that belong to edges. Two of n pairs share an id with
-    probability ``n**2 / 2**65``: nowhere below a billion edges would one expect it.
+    r"""One 64-bit id for each ordered pair of ids, for draws that belong to edges. Two of n pairs share an id
+    with probability ``n**2 / 2**65``: nowhere below a billion edges would one expect it.
 
     Args:
         first, second: ``[N]`` int64.
@@ -142,7 +158,7 @@ def _check(ids: Tensor, num_columns: int) -> None:
         raise ValueError(f"expected a number of columns of at least 0, found {num_columns}")
 
 
-# --- the same in torch, whose int64 wraps around like uint64 ------------------------------------------------------------
+# --- the same in torch, whose int64 wraps around like uint64 ------------------------------------------------
 
 
 def _signed(word: int) -> int:

@@ -11,6 +11,7 @@ from partpar.nn.routed import RoutedConv
 from partpar.nn.sage import SAGEConv
 
 __all__ = [
+    "MLP",
     "BatchNorm",
     "Dropout",
     "GATConv",
@@ -18,7 +19,6 @@ __all__ = [
     "GCNConv",
     "GINConv",
     "GINEConv",
-    "MLP",
     "RoutedConv",
     "SAGEConv",
     "SyncBatchNorm",

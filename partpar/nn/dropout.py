@@ -17,19 +17,20 @@ _numbers = itertools.count(1 << 32)
 
 
 class Dropout(torch.nn.Module):
-    r"""Dropout (Srivastava et al., JMLR 2014) whose draws are a function of (seed, step, layer, raw id, column), so that
-    any number of workers, and any partition, drops the same entries.
+    r"""Dropout (Srivastava et al., JMLR 2014) whose draws are a function of (seed, step, layer, raw id,
+    column), so that any number of workers, and any partition, drops the same entries.
 
     Args:
-        p (float, optional): The probability of an entry to be zeroed; the others are scaled by ``1 / (1 - p)``.
-            (default: :obj:`0.5`)
+        p (float, optional): The probability of an entry to be zeroed; the others are scaled by
+            ``1 / (1 - p)``. (default: :obj:`0.5`)
         seed (int, optional): The seed of the run, the same on every rank. (default: :obj:`0`)
-        layer (int, optional): What tells this layer's draws from those of others. :obj:`None` numbers layers in the
-            order of their creation in this process, which must then be the same on every rank. (default: :obj:`None`)
+        layer (int, optional): What tells this layer's draws from those of others. :obj:`None` numbers layers
+            in the order of their creation in this process, which must then be the same on every rank.
+            (default: :obj:`None`)
 
-    The buffer ``step`` counts the training passes and is part of the ``state_dict`` (unless ``p`` is 0, when nothing is
-    drawn), so that a resumed run goes on where it stopped. Loading a ``state_dict`` without it, as plain PyG models
-    write, leaves it as it is.
+    The buffer ``step`` counts the training passes and is part of the ``state_dict`` (unless ``p`` is 0, when
+    nothing is drawn), so that a resumed run goes on where it stopped. Loading a ``state_dict`` without it, as
+    plain PyG models write, leaves it as it is.
 
     Raises:
         ValueError: :obj:`p` is not in :math:`[0, 1]`.
@@ -55,19 +56,23 @@ class Dropout(torch.nn.Module):
 
         Args:
             x (torch.Tensor): ``[num_owned, *]``.
-            route (Route, optional): The share's route, for the raw ids of rows; :obj:`None` when one process owns
-                everything, and row ``i`` is that of raw id ``i``.
+            route (Route, optional): The share's route, for the raw ids of rows; :obj:`None` when one process
+                owns everything, and row ``i`` is that of raw id ``i``.
         """
         if not self.training or self.p == 0.0:
             return x
         check_owned_first(self, route)
         if route is not None and x.size(0) != route.num_owned:
-            raise ValueError(f"Dropout: expected a row for each of the {route.num_owned} owned nodes, found {tuple(x.shape)}")
+            raise ValueError(
+                f"Dropout: expected a row for each of the {route.num_owned} owned nodes, found shape "
+                f"{tuple(x.shape)}"
+            )
         ids = torch.arange(x.size(0), device=x.device) if route is None else route.raw_ids[: route.num_owned]
         return self._drop(x, ids)
 
     def drop_edges(self, x: Tensor, edge_index: Tensor, route: Route | None = None) -> Tensor:
-        r"""Drops entries of rows that belong to edges, by the raw ids of both ends. Parallel edges share their draws.
+        r"""Drops entries of rows that belong to edges, by the raw ids of both ends. Parallel edges share
+        their draws.
 
         Args:
             x (torch.Tensor): ``[E, *]``.

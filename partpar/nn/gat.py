@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from torch import Tensor
@@ -23,14 +22,16 @@ class GATConv(pyg_nn.GATConv):
     partition-parallel.
 
     .. math::
-        \mathbf{x}^{\prime}_i = \sum_{j \in \mathcal{N}(i) \cup \{ i \}} \alpha_{i,j}\mathbf{\Theta}_t\mathbf{x}_{j}
+        \mathbf{x}^{\prime}_i = \sum_{j \in \mathcal{N}(i) \cup \{ i \}}
+        \alpha_{i,j}\mathbf{\Theta}_t\mathbf{x}_{j}
 
-    Arguments and parameters are those of :class:`torch_geometric.nn.GATConv`, as is the ``state_dict`` but for the step
-    counter of attention dropout. Its draws are keyed by the raw ids of both ends and the head, so that they are the
-    same for any number of workers; parallel edges share them.
+    Arguments and parameters are those of :class:`torch_geometric.nn.GATConv`, as is the ``state_dict`` but
+    for the step counter of attention dropout. Its draws are keyed by the raw ids of both ends and the head,
+    so that they are the same for any number of workers; parallel edges share them.
 
     Args:
-        in_channels (int or tuple): Size of each row; a tuple gives sources and destinations a linear map each.
+        in_channels (int or tuple): Size of each row; a tuple gives sources and destinations a linear map
+            each.
         out_channels (int): Size of each row of each head.
         *args (optional): Further arguments of :class:`torch_geometric.nn.GATConv`, by place.
         **kwargs (optional): The same, by name.
@@ -42,17 +43,23 @@ class GATConv(pyg_nn.GATConv):
         ValueError: :obj:`flow` is not ``"source_to_target"``.
 
     Shapes:
-        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`, edge attributes :math:`(E, D)`
-          *(optional)*
-        - **outputs:** :math:`(N_{owned}, H * F_{out})`; with :obj:`return_attention_weights=True` also the edges,
-          self-loops last, and their weights :math:`(E^{\prime}, H)`
+        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`, edge attributes :math:`(E,
+          D)` *(optional)*
+        - **outputs:** :math:`(N_{owned}, H * F_{out})`; with :obj:`return_attention_weights=True` also the
+          edges, self-loops last, and their weights :math:`(E^{\prime}, H)`
     """
 
     propagate_type = {"x": OptPairTensor, "alpha": Tensor}
     edge_updater_type = {"alpha": OptPairTensor, "edge_attr": OptTensor}
 
     def __init__(
-        self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        *args: Any,
+        seed: int = 0,
+        layer: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, *args, **kwargs)
         check_flow(self, self.flow)
@@ -92,7 +99,13 @@ class GATConv(pyg_nn.GATConv):
         return _finish(self, out, x, (edge_index, alpha) if return_attention_weights else None)
 
     def edge_update(
-        self, alpha_j: Tensor, alpha_i: Tensor, edge_attr: OptTensor, index: Tensor, ptr: OptTensor, dim_size: int | None
+        self,
+        alpha_j: Tensor,
+        alpha_i: Tensor,
+        edge_attr: OptTensor,
+        index: Tensor,
+        ptr: OptTensor,
+        dim_size: int | None,
     ) -> Tensor:
         # Unlike PyG's, it ends early for no edges neither, so that every worker uses every parameter.
         alpha = alpha_j + alpha_i
@@ -111,7 +124,13 @@ class GATv2Conv(pyg_nn.GATv2Conv):
     edge_updater_type = {"x": PairTensor, "edge_attr": OptTensor}
 
     def __init__(
-        self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        *args: Any,
+        seed: int = 0,
+        layer: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, *args, **kwargs)
         check_flow(self, self.flow)
@@ -140,12 +159,21 @@ class GATv2Conv(pyg_nn.GATv2Conv):
         return _finish(self, out, x, (edge_index, alpha) if return_attention_weights else None)
 
     def edge_update(
-        self, x_j: Tensor, x_i: Tensor, edge_attr: OptTensor, index: Tensor, ptr: OptTensor, dim_size: int | None
+        self,
+        x_j: Tensor,
+        x_i: Tensor,
+        edge_attr: OptTensor,
+        index: Tensor,
+        ptr: OptTensor,
+        dim_size: int | None,
     ) -> Tensor:
         x = x_i + x_j
         if edge_attr is not None:
             if self.lin_edge is None:
-                raise ValueError("GATv2Conv: expected edge_attr only with edge_dim, found it without; set edge_dim when making the layer")
+                raise ValueError(
+                    "GATv2Conv: expected edge_attr only with edge_dim, found it without; set edge_dim when "
+                    "making the layer"
+                )
             x = x + _edge_heads(self, edge_attr)
         alpha = (F.leaky_relu(x, self.negative_slope) * self.att).sum(-1)
         return softmax(alpha, index, ptr, dim_size)
@@ -167,7 +195,9 @@ def _with_self_loops(
     return add_self_loops(edge_index, edge_attr, fill_value=conv.fill_value, num_nodes=num_nodes)
 
 
-def _finish(conv: GATConv | GATv2Conv, out: Tensor, x: Tensor, attention: tuple[Tensor, Tensor] | None) -> Tensor | Attention:
+def _finish(
+    conv: GATConv | GATv2Conv, out: Tensor, x: Tensor, attention: tuple[Tensor, Tensor] | None
+) -> Tensor | Attention:
     """From the rows of each head to those of the layer."""
     out = out.view(-1, conv.heads * conv.out_channels) if conv.concat else out.mean(dim=1)
     if conv.res is not None:

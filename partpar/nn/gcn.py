@@ -23,8 +23,9 @@ def gcn_norm(
     add_self_loops: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""PyG's :func:`~torch_geometric.nn.conv.gcn_conv.gcn_norm` for a share: every in-edge of an owned node is here, so
-    its degree is known here, and those of the halo come by the route (one exchange of one column).
+    r"""PyG's :func:`~torch_geometric.nn.conv.gcn_conv.gcn_norm` for a share: every in-edge of an owned node
+    is here, so its degree is known here, and those of the halo come by the route (one exchange of one
+    column).
 
     Args:
         edge_index: ``[2, E]``, the share's edges.
@@ -39,7 +40,9 @@ def gcn_norm(
         Edges and their weights, self-loops last.
     """
     if add_self_loops:
-        edge_index, edge_weight = add_remaining_self_loops(edge_index, edge_weight, 2.0 if improved else 1.0, num_nodes)
+        edge_index, edge_weight = add_remaining_self_loops(
+            edge_index, edge_weight, 2.0 if improved else 1.0, num_nodes
+        )
     if edge_weight is None:
         edge_weight = torch.ones(edge_index.size(1), dtype=dtype, device=edge_index.device)
     row, col = edge_index[0], edge_index[1]
@@ -57,9 +60,9 @@ class GCNConv(pyg_nn.GCNConv):
         \mathbf{X}^{\prime} = \mathbf{\hat{D}}^{-1/2} \mathbf{\hat{A}} \mathbf{\hat{D}}^{-1/2} \mathbf{X}
         \mathbf{\Theta}
 
-    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GCNConv`. Rows travel after the
-    linear map. With :obj:`cached=True` the normalised edges of the first call are kept, which saves the exchange of
-    degrees later.
+    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GCNConv`. Rows travel
+    after the linear map. With :obj:`cached=True` the normalised edges of the first call are kept, which saves
+    the exchange of degrees later.
 
     Raises:
         ValueError: :obj:`flow` is not ``"source_to_target"``.
@@ -70,13 +73,16 @@ class GCNConv(pyg_nn.GCNConv):
         - **outputs:** :math:`(N_{owned}, F_{out})`
     """
 
+    _cached_edge_index: tuple[Tensor, Tensor] | None
     propagate_type = {"x": tuple[Tensor, Tensor], "edge_weight": OptTensor}
 
     def __init__(self, in_channels: int, out_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(in_channels, out_channels, *args, **kwargs)
         check_flow(self, self.flow)
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_weight: Tensor | None = None
+    ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
@@ -92,7 +98,9 @@ class GCNConv(pyg_nn.GCNConv):
                 if self.add_self_loops:
                     check_owned_first(self, route)
                 num_nodes = x.size(0) if route is None else route.num_owned
-                normalised = gcn_norm(edge_index, edge_weight, num_nodes, route, self.improved, self.add_self_loops, x.dtype)
+                normalised = gcn_norm(
+                    edge_index, edge_weight, num_nodes, route, self.improved, self.add_self_loops, x.dtype
+                )
                 if self.cached:
                     self._cached_edge_index = normalised
             edge_index, edge_weight = normalised

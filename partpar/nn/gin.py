@@ -23,8 +23,8 @@ class GINConv(pyg_nn.GINConv):
         \mathbf{x}^{\prime}_i = h_{\mathbf{\Theta}} \left( (1 + \epsilon) \cdot \mathbf{x}_i +
         \sum_{j \in \mathcal{N}(i)} \mathbf{x}_j \right)
 
-    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GINConv`. The route is handed to
-    :obj:`nn`, or to those members of a :class:`torch.nn.Sequential`, that take one
+    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GINConv`. The route is
+    handed to :obj:`nn`, or to those members of a :class:`torch.nn.Sequential`, that take one
     (:class:`~partpar.nn.SyncBatchNorm`, :class:`~partpar.nn.Dropout`, :class:`~partpar.nn.MLP`).
 
     Raises:
@@ -38,7 +38,9 @@ class GINConv(pyg_nn.GINConv):
 
     propagate_type = {"x": OptPairTensor}
 
-    def __init__(self, nn: Callable[..., Any], eps: float = 0.0, train_eps: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, nn: Callable[..., Any], eps: float = 0.0, train_eps: bool = False, **kwargs: Any
+    ) -> None:
         rows.refuse_over_all_rows(nn, "GINConv")
         super().__init__(nn, eps, train_eps, **kwargs)
         check_flow(self, self.flow)
@@ -64,27 +66,35 @@ class GINEConv(pyg_nn.GINEConv):
         \mathbf{x}^{\prime}_i = h_{\mathbf{\Theta}} \left( (1 + \epsilon) \cdot \mathbf{x}_i +
         \sum_{j \in \mathcal{N}(i)} \mathrm{ReLU} ( \mathbf{x}_j + \mathbf{e}_{j,i} ) \right)
 
-    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GINEConv`; :obj:`nn` as for
-    :class:`GINConv`.
+    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.GINEConv`; :obj:`nn` as
+    for :class:`GINConv`.
 
     Raises:
         ValueError: As for :class:`GINConv`.
 
     Shapes:
-        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`, edge attributes :math:`(E, D)`
+        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`, edge attributes :math:`(E,
+          D)`
         - **outputs:** :math:`(N_{owned}, F_{out})`
     """
 
     propagate_type = {"x": OptPairTensor, "edge_attr": OptTensor}
 
     def __init__(
-        self, nn: torch.nn.Module, eps: float = 0.0, train_eps: bool = False, edge_dim: int | None = None, **kwargs: Any
+        self,
+        nn: torch.nn.Module,
+        eps: float = 0.0,
+        train_eps: bool = False,
+        edge_dim: int | None = None,
+        **kwargs: Any,
     ) -> None:
         rows.refuse_over_all_rows(nn, "GINEConv")
         super().__init__(nn, eps, train_eps, edge_dim, **kwargs)
         check_flow(self, self.flow)
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_attr: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_attr: Tensor | None = None
+    ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
@@ -94,7 +104,9 @@ class GINEConv(pyg_nn.GINEConv):
             edge_attr (torch.Tensor): A row for each edge.
         """
         if edge_attr is None:
-            raise ValueError("GINEConv: expected edge_attr, found None; use GINConv for a graph without edge attributes")
+            raise ValueError(
+                "GINEConv: expected edge_attr, found None; use GINConv for a graph without edge attributes"
+            )
         check_edges(self, x, edge_index, edge_attr=edge_attr)
         out = self.propagate(edge_index, x=(with_halo(x, route), x), edge_attr=edge_attr)
         return rows.call(self.nn, out + (1 + self.eps) * x, route)

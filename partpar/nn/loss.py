@@ -14,7 +14,10 @@ from partpar.route import Route
 
 
 def global_mean(
-    loss_per_row: Tensor, mask: Tensor | None = None, route: Route | None = None, group: ProcessGroup | None = None
+    loss_per_row: Tensor,
+    mask: Tensor | None = None,
+    route: Route | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Averages over all rows of all ranks, so that uneven parts weigh right (collective).
 
@@ -22,17 +25,19 @@ def global_mean(
 
         loss = global_mean(F.cross_entropy(out, y, reduction="none"), share.node("dst")["train_mask"])
 
-    The value is the global mean, the same on every rank. The gradient is ``world_size`` times this rank's part of the
-    global mean's, so that the average over ranks which
-    :class:`~torch.nn.parallel.DistributedDataParallel` takes is the gradient of one process that holds all rows. A rank
-    without labelled rows contributes 0 and stays connected to its graph, so that its backward pass meets the others'.
+    The value is the global mean, the same on every rank. The gradient is ``world_size`` times this rank's
+    part of the global mean's, so that the average over ranks which
+    :class:`~torch.nn.parallel.DistributedDataParallel` takes is the gradient of one process that holds all
+    rows. A rank without labelled rows contributes 0 and stays connected to its graph, so that its backward
+    pass meets the others'.
 
     Args:
         loss_per_row: ``[num_owned, *]`` floating, as by ``reduction="none"``.
-        mask: ``[num_owned]`` bool, the rows to count; what stands in the others, NaN included, is not looked at.
+        mask: ``[num_owned]`` bool, the rows to count; what stands in the others, NaN included, is not looked
+            at.
         route: The share's route; the mean is taken over the ranks of its group.
-        group: The ranks to take the mean over when there is no route: by default all, or this process alone where
-            torch.distributed is not initialised.
+        group: The ranks to take the mean over when there is no route: by default all, or this process alone
+            where torch.distributed is not initialised.
 
     Returns:
         A scalar of the dtype of :obj:`loss_per_row`; sums are taken in float64.
@@ -42,12 +47,13 @@ def global_mean(
     """
     if not loss_per_row.is_floating_point() or loss_per_row.dim() == 0:
         raise ValueError(
-            f"global_mean: expected one floating loss per row, found {loss_per_row.dtype} of shape {tuple(loss_per_row.shape)}; "
-            f"compute it with reduction='none'"
+            f"global_mean: expected one floating loss per row, found {loss_per_row.dtype} of shape "
+            f"{tuple(loss_per_row.shape)}; compute it with reduction='none'"
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != loss_per_row.shape[:1]):
         raise ValueError(
-            f"global_mean: expected a bool mask of shape ({loss_per_row.size(0)},), found {mask.dtype} of shape {tuple(mask.shape)}"
+            f"global_mean: expected a bool mask of shape ({loss_per_row.size(0)},), found {mask.dtype} of "
+            f"shape {tuple(mask.shape)}"
         )
     if route is not None:
         group = route.group
@@ -75,5 +81,5 @@ class _GlobalMean(torch.autograd.Function):
         return mean.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.saved_tensors[0], None, None

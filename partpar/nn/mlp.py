@@ -32,6 +32,8 @@ class MLP(pyg_nn.MLP):
         - **outputs:** :math:`(N_{owned}, F_{out})`
     """
 
+    norms: torch.nn.ModuleList
+
     def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.norms = torch.nn.ModuleList(with_global_statistics(norm, "MLP") for norm in self.norms)

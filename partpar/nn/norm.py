@@ -2,6 +2,8 @@ r"""Batch normalisation over the nodes of the whole graph."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
@@ -13,21 +15,21 @@ from partpar.route import Route
 
 
 class SyncBatchNorm(torch.nn.BatchNorm1d):
-    r"""Batch normalisation (`Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`_) with the statistics of all
-    rows on all ranks.
+    r"""Batch normalisation (`Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`_) with the statistics
+    of all rows on all ranks.
 
     Arguments, ``state_dict`` and running statistics (with Bessel's correction) are those of
-    :class:`torch.nn.BatchNorm1d`. Each rank takes the moments of its rows about their own mean, and those of all ranks
-    are combined in float64 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
-    Statistician 1983): one small reduction forwards, one backwards. A route that is alone, or :obj:`None`, makes it
-    :class:`torch.nn.BatchNorm1d` itself.
+    :class:`torch.nn.BatchNorm1d`. Each rank takes the moments of its rows about their own mean, and those of
+    all ranks are combined in float64 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance",
+    The American Statistician 1983): one small reduction forwards, one backwards. A route that is alone, or
+    :obj:`None`, makes it :class:`torch.nn.BatchNorm1d` itself.
 
     Shapes:
         - **inputs:** owned rows :math:`(N_{owned}, F)`
         - **outputs:** :math:`(N_{owned}, F)`
     """
 
-    def forward(self, input: Tensor, route: Route | None = None) -> Tensor:  # noqa: A002 (torch's name)
+    def forward(self, input: Tensor, route: Route | None = None) -> Tensor:
         r"""Normalises owned rows (collective in training mode).
 
         Args:
@@ -35,23 +37,30 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
 
         Raises:
-            ValueError: The shape does not fit, or all ranks together have only one row to train on (on every rank).
+            ValueError: The shape does not fit, or all ranks together have only one row to train on (on every
+                rank).
         """
         if input.dim() != 2 or input.size(1) != self.num_features:
-            raise ValueError(f"SyncBatchNorm: expected rows of shape (N, {self.num_features}), found {tuple(input.shape)}")
+            raise ValueError(
+                f"SyncBatchNorm: expected rows of shape (N, {self.num_features}), found {tuple(input.shape)}"
+            )
         over_rows = self.training or (self.running_mean is None and self.running_var is None)
         if route is None or route.group is None or not over_rows:
             return super().forward(input)
 
-        # Each rank's rows about their own mean, then all ranks' means about theirs: no difference of large numbers.
+        # Each rank's rows about their own mean, then the means of all ranks about theirs: numbers stay small.
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        centre = x.detach().sum(0) / max(x.size(0), 1)  # any centre gives the same result: no gradient need flow
+        # Any centre gives the same result, so no gradient need flow through it.
+        centre = x.detach().sum(0) / max(x.size(0), 1)
         x = x - centre
         own = torch.stack([x.sum(0), x.square().sum(0), centre, torch.full_like(centre, x.size(0))]).double()
         sums, squares, centres, counts = _gather(own, route).unbind(1)  # [ranks, F] each
         count = int(counts[:, 0].sum())
         if count <= 1:  # as torch says it
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size([count, x.size(1)])}")
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{torch.Size([count, x.size(1)])}"
+            )
         middle = (counts * centres).sum(0).detach() / count
         away = centres - middle
         shift = (sums + counts * away).sum(0) / count  # the mean less the middle
@@ -100,7 +109,9 @@ class BatchNorm(pyg_nn.BatchNorm):
         allow_single_element: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(in_channels, eps, momentum, affine, track_running_stats, allow_single_element, device)
+        super().__init__(
+            in_channels, eps, momentum, affine, track_running_stats, allow_single_element, device
+        )
         self.module = SyncBatchNorm(in_channels, eps, momentum, affine, track_running_stats, device=device)
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
@@ -109,13 +120,15 @@ class BatchNorm(pyg_nn.BatchNorm):
             count = torch.tensor(x.size(0), device=x.device)
             if int(exchange.all_reduce_sum(count, None if route is None else route.group)) <= 1:
                 norm = self.module
-                return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+                return F.batch_norm(
+                    x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+                )
         return self.module(x, route)
 
 
 def with_global_statistics(norm: torch.nn.Module, where: str) -> torch.nn.Module:
-    r"""The partition-parallel counterpart of a norm: batch norms become :class:`SyncBatchNorm`, what works row by row
-    stays.
+    r"""The partition-parallel counterpart of a norm: batch norms become :class:`SyncBatchNorm`, what works
+    row by row stays.
 
     Raises:
         ValueError: There is none; :obj:`where` begins the message.
@@ -124,12 +137,13 @@ def with_global_statistics(norm: torch.nn.Module, where: str) -> torch.nn.Module
         return norm
     made: torch.nn.Module
     if type(norm) is pyg_nn.BatchNorm:
-        inner = norm.module
-        made = BatchNorm(
-            norm.in_channels, inner.eps, inner.momentum, inner.affine, inner.track_running_stats, norm.allow_single_element
-        )
+        inner: Any = norm.module
+        shared = {key: getattr(inner, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
+        made = BatchNorm(inner.num_features, **shared, allow_single_element=bool(norm.allow_single_element))
     elif type(norm) is torch.nn.BatchNorm1d:
-        made = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        made = SyncBatchNorm(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+        )
     else:
         rows.refuse_over_all_rows(norm, where)
         return norm

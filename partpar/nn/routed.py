@@ -16,8 +16,8 @@ class RoutedConv(torch.nn.Module):
     r"""Makes a convolution that works on bipartite graphs partition-parallel, by calling it as
     ``conv((route.apply(x), x), edge_index, ...)``.
 
-    Sources are the owned nodes first and then the halo, so node ``i`` is row ``i`` on both sides: self-loops that the
-    convolution looks for, removes or adds are those of the whole graph.
+    Sources are the owned nodes first and then the halo, so node ``i`` is row ``i`` on both sides: self-loops
+    that the convolution looks for, removes or adds are those of the whole graph.
 
     .. code-block:: python
 
@@ -25,18 +25,19 @@ class RoutedConv(torch.nn.Module):
         x = conv(x, edge_index, route, edge_attr=edge_attr)
 
     The keys of its ``state_dict`` are those of :obj:`conv` with ``conv.`` before them. Random draws inside
-    :obj:`conv` (such as attention dropout) are its own, hence not the same for another number of workers; those of
-    :class:`~partpar.nn.GATConv` and :class:`~partpar.nn.Dropout` are.
+    :obj:`conv` (such as attention dropout) are its own, hence not the same for another number of workers;
+    those of :class:`~partpar.nn.GATConv` and :class:`~partpar.nn.Dropout` are.
 
     Args:
         conv (torch.nn.Module): A convolution whose ``forward`` takes a pair ``(x_src, x_dst)``.
 
     Raises:
-        ValueError: :obj:`conv` takes no pair, sends messages from target to source, or has a norm over all rows.
+        ValueError: :obj:`conv` takes no pair, sends messages from target to source, or has a norm over all
+            rows.
 
     Shapes:
-        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`: row 0 into the sources (owned,
-          then halo), row 1 into the owned nodes
+        - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`: row 0 into the sources
+          (owned, then halo), row 1 into the owned nodes
         - **outputs:** :math:`(N_{owned}, F_{out})`
     """
 
@@ -48,8 +49,9 @@ class RoutedConv(torch.nn.Module):
         if first is None or first.annotation in (Tensor, "Tensor", "torch.Tensor"):
             ours = ", ".join(sorted(_ROUTED_THEMSELVES))
             raise ValueError(
-                f"RoutedConv: expected a convolution that takes a pair (x_src, x_dst), found {type(conv).__name__}, whose forward "
-                f"takes a single tensor; partpar.nn has {ours}, or write the layer with one line, x = route.apply(x)"
+                f"RoutedConv: expected a convolution that takes a pair (x_src, x_dst), found "
+                f"{type(conv).__name__}, whose forward takes a single tensor; partpar.nn has {ours}, or write the "
+                f"layer with one line, x = route.apply(x)"
             )
         self.conv = conv
 
@@ -63,8 +65,8 @@ class RoutedConv(torch.nn.Module):
         Args:
             x (torch.Tensor): The rows of the owned nodes.
             edge_index (torch.Tensor): The share's edges.
-            route (Route, optional): The share's route; :obj:`None` when one process owns everything.
-            **kwargs (optional): What else the convolution takes, such as :obj:`edge_attr` in the order of edges.
+            route (Route, optional): The share's route; :obj:`None` when one process owns everything. **kwargs
+            (optional): What else the convolution takes, such as :obj:`edge_attr` in the order of edges.
         """
         check_edges(self, x, edge_index)
         check_owned_first(self, route)

@@ -1,13 +1,14 @@
 r"""Which modules treat each row by itself, and how a route reaches those that do not.
 
-A worker holds some rows of a matrix whose other rows are elsewhere. A linear layer does not mind; a norm over all
-nodes does, and must be told of the other rows by a route. What neither works row by row nor takes a route would give
-different numbers for different partitions, and is refused here.
+A worker holds some rows of a matrix whose other rows are elsewhere. A linear layer does not mind; a norm over
+all nodes does, and must be told of the other rows by a route. What neither works row by row nor takes a route
+would give different numbers for different partitions, and is refused here.
 """
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,7 @@ _owned_first: WeakKeyDictionary[Route, bool] = WeakKeyDictionary()
 
 def takes_route(module: object) -> bool:
     r"""Whether a module's ``forward`` has an argument called ``route``."""
-    forward = getattr(module, "forward", module)
+    forward: Any = getattr(module, "forward", module)
     return "route" in inspect.signature(forward).parameters
 
 
@@ -70,7 +71,10 @@ def refuse_over_all_rows(module: object, where: str) -> None:
         return
     for name, member in module.named_modules():
         if takes_route(member):
-            advice = f"hand it the route: put it straight into a torch.nn.Sequential, or give the forward of {type(module).__name__} an argument route"
+            advice = (
+                "hand it the route: put it straight into a torch.nn.Sequential, or give the forward of "
+                f"{type(module).__name__} an argument route"
+            )
         elif isinstance(member, pyg_nn.LayerNorm) and member.mode == "graph":
             advice = "use LayerNorm(..., mode='node')"
         elif isinstance(member, _OVER_ALL_ROWS):
@@ -79,8 +83,8 @@ def refuse_over_all_rows(module: object, where: str) -> None:
             continue
         at = f" (at {name!r})" if name else ""
         raise ValueError(
-            f"{where}: expected modules that work row by row or are handed the route, found {type(member).__name__}{at}, "
-            f"which would see one worker's rows instead of the graph's; {advice}"
+            f"{where}: expected modules that work row by row or are handed the route, found "
+            f"{type(member).__name__}{at}, which would see one worker's rows instead of the graph's; {advice}"
         )
 
 
@@ -93,21 +97,29 @@ def check_edges(layer: object, x: Tensor, edge_index: Tensor, **per_edge: Tensor
     r"""Refuses, before any exchange, edges that do not fit.
 
     Raises:
-        ValueError: :obj:`x` is a pair, :obj:`edge_index` is not a dense ``[2, E]`` or an edge attribute has another
-            number of rows.
+        ValueError: :obj:`x` is a pair, :obj:`edge_index` is not a dense ``[2, E]`` or an edge attribute has
+            another number of rows.
     """
     name = type(layer).__name__
     if not isinstance(x, Tensor) or x.dim() != 2:
         found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise RouteError(f"{name}: expected x to be the [num_owned, channels] rows of the owned nodes, found {found}; the route fetches the halo")
+        raise RouteError(
+            f"{name}: expected x to be the [num_owned, channels] rows of the owned nodes, found {found}; the "
+            f"route fetches the halo"
+        )
     if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided:
         kind = edge_index.layout if isinstance(edge_index, Tensor) else type(edge_index).__name__
-        raise RouteError(f"{name}: expected edge_index as a dense [2, E] tensor, found {kind}; pass share.edge_index()")
+        raise RouteError(
+            f"{name}: expected edge_index as a dense [2, E] tensor, found {kind}; pass share.edge_index()"
+        )
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise RouteError(f"{name}: expected edge_index of shape (2, E), found {tuple(edge_index.shape)}")
     for what, rows in per_edge.items():
         if rows is not None and rows.size(0) != edge_index.size(1):
-            raise RouteError(f"{name}: expected {what} to have a row for each of the {edge_index.size(1)} edges, found shape {tuple(rows.shape)}")
+            raise RouteError(
+                f"{name}: expected {what} to have a row for each of the {edge_index.size(1)} edges, found "
+                f"shape {tuple(rows.shape)}"
+            )
 
 
 def check_owned_first(layer: object, route: Route | None) -> None:
@@ -123,8 +135,8 @@ def check_owned_first(layer: object, route: Route | None) -> None:
         _owned_first[route] = torch.equal(route.order[: route.num_owned], owned)
     if not _owned_first[route]:
         raise RouteError(
-            f"{type(layer).__name__}: expected a route whose sources are the {route.num_owned} owned rows in their order and then "
-            f"the halo, found one in another order; build it by share.to_route()"
+            f"{type(layer).__name__}: expected a route whose sources are the {route.num_owned} owned rows in "
+            f"their order and then the halo, found one in another order; build it by share.to_route()"
         )
 
 
@@ -135,4 +147,7 @@ def check_flow(layer: object, flow: str) -> None:
         ValueError: :obj:`flow` is not ``"source_to_target"``.
     """
     if flow != "source_to_target":
-        raise ValueError(f"{type(layer).__name__}: expected flow='source_to_target', since a worker keeps the in-edges of its nodes, found {flow!r}; partition the reversed graph instead")
+        raise ValueError(
+            f"{type(layer).__name__}: expected flow='source_to_target', since a worker keeps the in-edges of "
+            f"its nodes, found {flow!r}; partition the reversed graph instead"
+        )

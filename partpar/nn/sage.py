@@ -18,15 +18,16 @@ class SAGEConv(pyg_nn.SAGEConv):
     <https://arxiv.org/abs/1706.02216>`_, partition-parallel.
 
     .. math::
-        \mathbf{x}^{\prime}_i = \mathbf{W}_1 \mathbf{x}_i + \mathbf{W}_2 \cdot \mathrm{mean}_{j \in \mathcal{N(i)}}
+        \mathbf{x}^{\prime}_i = \mathbf{W}_1 \mathbf{x}_i + \mathbf{W}_2 \cdot \mathrm{mean}_{j \in
+        \mathcal{N(i)}}
         \mathbf{x}_j
 
-    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.SAGEConv`; every aggregation of
-    PyG that copes with a worker without nodes may be used.
+    Arguments, parameters and ``state_dict`` are those of :class:`torch_geometric.nn.SAGEConv`; every
+    aggregation of PyG that copes with a worker without nodes may be used.
 
     Raises:
-        ValueError: :obj:`flow` is not ``"source_to_target"``, or :obj:`aggr` is ``"lstm"``, which fails on a worker
-            without edges.
+        ValueError: :obj:`flow` is not ``"source_to_target"``, or :obj:`aggr` is ``"lstm"``, which fails on a
+            worker without edges.
 
     Shapes:
         - **inputs:** owned rows :math:`(N_{owned}, F_{in})`, edges :math:`(2, E)`
@@ -35,11 +36,16 @@ class SAGEConv(pyg_nn.SAGEConv):
 
     propagate_type = {"x": OptPairTensor}
 
-    def __init__(self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, in_channels: int | tuple[int, int], out_channels: int, *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(in_channels, out_channels, *args, **kwargs)
         check_flow(self, self.flow)
         if any(isinstance(module, pyg_nn.LSTMAggregation) for module in self.modules()):
-            raise ValueError("SAGEConv: expected an aggregation that takes no edges for an answer, found 'lstm', which fails on a worker without edges; use 'mean', 'max' or another")
+            raise ValueError(
+                "SAGEConv: expected an aggregation that takes no edges for an answer, found 'lstm', which "
+                "fails on a worker without edges; use 'mean', 'max' or another"
+            )
 
     def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None) -> Tensor:
         r"""Runs the layer on owned rows.
