@@ -238,7 +238,7 @@ def _planetoid(name: str, folder: Path) -> Data:
 
 def _ogb(name: str, folder: Path) -> Data:
     try:
-        from ogb.nodeproppred import NodePropPredDataset  # type: ignore[import-not-found]
+        from ogb.nodeproppred import NodePropPredDataset
     except ImportError as error:
         raise GraphError(
             f"dataset {name!r} needs the package ogb, which is not installed: pip install ogb"

@@ -68,7 +68,7 @@ def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
     if not dist.is_available() or not dist.is_initialized():
         return None
     parent = dist.group.WORLD if parent is None else parent
-    if parent is None or parent == dist.GroupMember.NON_GROUP_MEMBER:
+    if not isinstance(parent, ProcessGroup):  # torch's NON_GROUP_MEMBER is a number
         raise RouteError(
             "expected a process group that this rank is a member of, found one that it is not in"
         )

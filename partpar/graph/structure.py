@@ -22,7 +22,12 @@ class CSC:
     indptr: Tensor
     indices: Tensor
 
+    def to(self, device: torch.device | str) -> CSC:
+        r"""The same edges on another device."""
+        return CSC(self.indptr.to(device), self.indices.to(device))
+
     def edge_index(self) -> Tensor:
+        r"""``[2, E]`` int64."""
         degree = self.indptr.diff()
         dst = torch.repeat_interleave(torch.arange(degree.numel(), device=degree.device), degree)
         return torch.stack([self.indices.to(torch.int64), dst])

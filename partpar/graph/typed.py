@@ -3,7 +3,6 @@ r"""What is in a graph: frames over node and edge types, and the edges themselve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,19 +172,11 @@ class TypedGraph:
 
     def to(self, device: torch.device | str) -> Self:
         r"""The same graph on another device; an attribute is moved when it is first read."""
-        moved: dict[EdgeType, Tensor | CSC] = {}
-        for name, piece in self._structure.items():
-            csc = isinstance(piece, CSC)
-            moved[name] = (
-                replace(piece, indptr=piece.indptr.to(device), indices=piece.indices.to(device))
-                if csc
-                else piece.to(device)
-            )
         whole = self._sources is self._nodes
         return type(self)(
             {t: f.to(device) for t, f in self._nodes.items()},
             {t: f.to(device) for t, f in self._edges.items()},
-            moved,
+            {t: piece.to(device) for t, piece in self._structure.items()},
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self._meta.items()},
             None if whole else {t: f.to(device) for t, f in self._sources.items()},
             self._part,
@@ -202,7 +193,7 @@ class TypedGraph:
             return next(iter(self._nodes))
         if type not in self._nodes:
             raise GraphError(f"expected a node type of {self.node_types}, found {type!r}")
-        return type  # type: ignore[return-value]
+        return type
 
     def _edge_type(self, type: EdgeType | None) -> EdgeType:
         if type is None and len(self._edges) == 1:
