@@ -407,6 +407,31 @@ def test_a_constraint_of_fewer_nodes_than_parts_leaves_no_part_empty() -> None:
     assert imbalance(np.ones(2000), assignment, 4) <= 1.05
 
 
+def test_metis_is_not_asked_for_what_cannot_be_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Array] = []
+
+    def fake(library: Any, graph: Any, weights: Any, num_parts: Any, *rest: Any) -> Array:
+        asked.append(weights)
+        return (np.arange(2000) % num_parts).astype(np.int32)
+
+    monkeypatch.setattr(multi_constraint, "part_graph", fake)
+    weights = {"few": np.arange(2000) < 3, "#nodes": np.ones(2000), "zero": np.zeros(2000)}
+    registry.assign("multi-constraint-metis", problem(planted(), 2000, 4, weights))
+    np.testing.assert_array_equal(asked[0], np.ones((2000, 1)))
+
+
+def test_an_empty_part_is_tried_again_even_if_weights_allow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One node outweighs all others, which may then stand in one part without being too heavy for it.
+    weight = np.ones(2000)
+    weight[0] = 10_000
+    uneven = np.where(np.arange(2000) == 0, 0, 1).astype(np.int32)
+    better = np.where(np.arange(2000) == 0, 0, 1 + np.arange(2000) % 2).astype(np.int32)
+    answers = iter([uneven, better])
+    monkeypatch.setattr(multi_constraint, "part_graph", lambda *_: next(answers))
+    assignment = registry.assign("multi-constraint-metis", problem(planted(), 2000, 3, {"w": weight}))
+    np.testing.assert_array_equal(assignment, better)
+
+
 class _NoSymbols:
     pass
 
