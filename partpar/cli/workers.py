@@ -15,14 +15,14 @@ class WorkerError(PartparError, RuntimeError):
     r"""Workers failed or took too long."""
 
 
-def run_workers(module: str, workers: int, words: Sequence[str], timeout: float) -> None:
-    r"""Runs a module by several workers on this machine and waits for them; their output goes where this
+def run_workers(program: str, workers: int, words: Sequence[str], timeout: float) -> None:
+    r"""Runs a program by several workers on this machine and waits for them; their output goes where this
     process's goes.
 
     Args:
-        module: Run as by ``python -m``.
+        program: A module's name, or the path of a file that ends in ``.py``.
         workers: Number of processes.
-        words: Arguments of the module.
+        words: Its arguments.
         timeout: Seconds after which all are ended.
 
     Raises:
@@ -41,13 +41,13 @@ def run_workers(module: str, workers: int, words: Sequence[str], timeout: float)
     # torchrun warns about threads unless they are named; each worker sets its own number when it starts.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # A session of their own, so that torchrun and its workers can be ended together.
-    command = [*launcher, "--module", module, *words]
-    process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603  # our own module
+    command = [*launcher, *([] if program.endswith(".py") else ["--module"]), program, *words]
+    process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603  # our own programs
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired as error:
         raise WorkerError(
-            f"{workers} worker(s) of {module} were not done in {timeout:g} s, and were ended"
+            f"{workers} worker(s) of {program} were not done in {timeout:g} s, and were ended"
         ) from error
     finally:
         if process.poll() is None:
@@ -59,5 +59,5 @@ def run_workers(module: str, workers: int, words: Sequence[str], timeout: float)
                 process.wait()
     if code != 0:
         raise WorkerError(
-            f"{workers} worker(s) of {module} failed with exit code {code}; see their messages above"
+            f"{workers} worker(s) of {program} failed with exit code {code}; see their messages above"
         )
