@@ -1,4 +1,5 @@
 r"""The edges of a share in the form that kernels read: compressed by destination, and by source."""
+
 import weakref
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
@@ -13,6 +14,7 @@ from partpar.kernels.csr import compress, expand, index_dtype
 
 class Split(NamedTuple):
     r"""The two halves of an adjacency; weights of the whole go to the halves by ``weight[owned_edges]``."""
+
     owned: "Adjacency"
     halo: "Adjacency"
     owned_edges: Tensor
@@ -23,21 +25,24 @@ class Split(NamedTuple):
 class Adjacency:
     r"""Edges from :obj:`num_src` sources to :obj:`num_dst` destinations, grouped by destination.
 
-    It is immutable; what derives from it (the transpose, degrees, the split) is built at first use and kept, so that
-    all layers that use one adjacency share one copy.
+    It is immutable; what derives from it (the transpose, degrees, the split) is built at first use and kept,
+    so that all layers that use one adjacency share one copy.
 
     Args:
-        indptr (Tensor): int64 ``[num_dst + 1]``; the edges into ``i`` are those at ``indptr[i]..indptr[i+1]-1``.
+        indptr (Tensor): int64 ``[num_dst + 1]``; the edges into ``i`` are those at
+        ``indptr[i]..indptr[i+1]-1``.
         indices (Tensor): int32 ``[E]``, the source of each edge (int64 is converted).
         num_src (int): The number of sources, below ``2**31``.
         num_dst (int): The number of destinations, below ``2**31``.
         edge_ids (Tensor, optional): int64 ``[E]``, the place of each edge in the list it was made from.
-        check (bool, optional): If :obj:`False`, the arrays are trusted. Kernels do not check bounds, so this is for
+        check (bool, optional): If :obj:`False`, the arrays are trusted. Kernels do not check bounds, so this
+        is for
             arrays made here. (default: :obj:`True`)
 
     Raises:
         GraphError: If the arrays do not fit each other or an index is out of bounds.
     """
+
     indptr: Tensor
     indices: Tensor
     num_src: int
@@ -54,24 +59,38 @@ class Adjacency:
 
     def _check(self) -> None:
         if max(self.num_src, self.num_dst) >= 2**31 or min(self.num_src, self.num_dst) < 0:
-            raise GraphError(f"An adjacency counts nodes in 32 bits, but was given {self.num_src} sources and "
-                             f"{self.num_dst} destinations. Cut the graph into more parts.")
+            raise GraphError(
+                f"An adjacency counts nodes in 32 bits, but was given {self.num_src} sources and "
+                f"{self.num_dst} destinations. Cut the graph into more parts."
+            )
         if self.indptr.dim() != 1 or self.indptr.numel() != self.num_dst + 1:
-            raise GraphError(f"Expected `indptr` of shape [{self.num_dst + 1}] (one more than the destinations), "
-                             f"found {list(self.indptr.shape)}.")
+            raise GraphError(
+                f"Expected `indptr` of shape [{self.num_dst + 1}] (one more than the destinations), "
+                f"found {list(self.indptr.shape)}."
+            )
         if self.indices.dim() != 1 or self.indices.is_floating_point() or self.indptr.is_floating_point():
-            raise GraphError(f"Expected integer `indptr` and one-dimensional integer `indices`, found "
-                             f"{self.indptr.dtype} and {self.indices.dtype} {list(self.indices.shape)}.")
+            raise GraphError(
+                f"Expected integer `indptr` and one-dimensional integer `indices`, found "
+                f"{self.indptr.dtype} and {self.indices.dtype} {list(self.indices.shape)}."
+            )
         num_edges = self.indices.numel()
-        if int(self.indptr[0]) != 0 or int(self.indptr[-1]) != num_edges or bool((self.indptr.diff() < 0).any()):
-            raise GraphError(f"Expected `indptr` to rise from 0 to the {num_edges} edges, found it from "
-                             f"{int(self.indptr[0])} to {int(self.indptr[-1])}, or falling in between.")
+        if (
+            int(self.indptr[0]) != 0
+            or int(self.indptr[-1]) != num_edges
+            or bool((self.indptr.diff() < 0).any())
+        ):
+            raise GraphError(
+                f"Expected `indptr` to rise from 0 to the {num_edges} edges, found it from "
+                f"{int(self.indptr[0])} to {int(self.indptr[-1])}, or falling in between."
+            )
         if num_edges:
             low, high = (int(bound) for bound in self.indices.aminmax())
             if low < 0 or high >= self.num_src:
                 raise GraphError(f"Expected sources in 0..{self.num_src - 1}, found {low}..{high}.")
         if self.edge_ids is not None and self.edge_ids.shape != self.indices.shape:
-            raise GraphError(f"Expected `edge_ids` of shape [{num_edges}], found {list(self.edge_ids.shape)}.")
+            raise GraphError(
+                f"Expected `edge_ids` of shape [{num_edges}], found {list(self.edge_ids.shape)}."
+            )
 
     @classmethod
     def from_edge_index(cls, edge_index: Tensor, num_src: int, num_dst: int) -> "Adjacency":
@@ -86,12 +105,16 @@ class Adjacency:
             GraphError: If the shape is another or an end is out of bounds.
         """
         if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.is_floating_point():
-            raise GraphError(f"Expected an integer `edge_index` of shape [2, E], found {edge_index.dtype} "
-                             f"{list(edge_index.shape)}.")
+            raise GraphError(
+                f"Expected an integer `edge_index` of shape [2, E], found {edge_index.dtype} "
+                f"{list(edge_index.shape)}."
+            )
         src, dst = edge_index[0].contiguous(), edge_index[1].contiguous()
         for name, ends, count in (("sources", src, num_src), ("destinations", dst, num_dst)):
             if ends.numel() and (int(ends.min()) < 0 or int(ends.max()) >= count):
-                raise GraphError(f"Expected {name} in 0..{count - 1}, found {int(ends.min())}..{int(ends.max())}.")
+                raise GraphError(
+                    f"Expected {name} in 0..{count - 1}, found {int(ends.min())}..{int(ends.max())}."
+                )
         indptr, order = compress(dst, num_dst)
         return cls(indptr, src.index_select(0, order), num_src, num_dst, order.to(torch.int64))
 
@@ -146,8 +169,9 @@ class Adjacency:
         if kept is None:
             indptr, order = compress(self.indices, self.num_src)
             ids = None if self.edge_ids is None else self.edge_ids.index_select(0, order)
-            kept = Adjacency(indptr, self.destinations.index_select(0, order), self.num_dst, self.num_src, ids,
-                             check=False)
+            kept = Adjacency(
+                indptr, self.destinations.index_select(0, order), self.num_dst, self.num_src, ids, check=False
+            )
             kept._kept["transpose"] = (weakref.ref(self), None)
             self._kept["transpose"] = (kept, order)
         return kept, order
@@ -172,16 +196,18 @@ class Adjacency:
 
     def mean_weight(self, dtype: torch.dtype) -> Tensor:
         r"""``[E]``: one over the degree of each edge's destination."""
+
         def build() -> Tensor:
             inverse = self.degrees.clamp(min=1).to(torch.float64).reciprocal().to(dtype)
             return inverse.repeat_interleave(self.degrees, output_size=self.num_edges)
+
         return self._keep(("mean_weight", dtype), build)
 
     def split(self, num_owned: int) -> Split:
         r"""The edges from owned sources, and those from the halo, as two adjacencies over all destinations.
 
-        So the interior can be summed while the halo is on its way. The sources of the halo's adjacency are counted
-        from zero: they index the received block itself.
+        So the interior can be summed while the halo is on its way. The sources of the halo's adjacency are
+        counted from zero: they index the received block itself.
 
         Args:
             num_owned (int): How many sources, from the first, are owned.
@@ -199,29 +225,47 @@ class Adjacency:
         torch.cumsum(is_owned, 0, out=before[1:])
         owned_indptr = before[self.indptr]
         halves, places = [], []
-        for mask, indptr, first, last in ((is_owned, owned_indptr, 0, num_owned),
-                                          (~is_owned, self.indptr - owned_indptr, num_owned, self.num_src)):
+        for mask, indptr, first, last in (
+            (is_owned, owned_indptr, 0, num_owned),
+            (~is_owned, self.indptr - owned_indptr, num_owned, self.num_src),
+        ):
             place = mask.nonzero().view(-1)
             ids = None if self.edge_ids is None else self.edge_ids[place]
-            halves.append(Adjacency(indptr, self.indices[place] - first, last - first, self.num_dst, ids, check=False))
+            halves.append(
+                Adjacency(indptr, self.indices[place] - first, last - first, self.num_dst, ids, check=False)
+            )
             places.append(place)
         return Split(halves[0], halves[1], places[0], places[1])
 
     def torch_csr(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        r"""A ``torch.sparse_csr`` matrix of ones ``[num_dst, num_src]``, as PyG's layers take it for ``edge_index``.
+        r"""A ``torch.sparse_csr`` matrix of ones ``[num_dst, num_src]``, as PyG's layers take it for
+        ``edge_index``.
 
-        Its indices are int64: with int32, ``torch.sparse.mm(..., reduce=...)`` computes silently wrong gradients once
-        rows times columns pass ``2**31``.
+        Its indices are int64: with int32, ``torch.sparse.mm(..., reduce=...)`` computes silently wrong
+        gradients once rows times columns pass ``2**31``.
         """
+
         def build() -> Tensor:
             ones = torch.ones(self.num_edges, dtype=dtype, device=self.device)
-            return torch.sparse_csr_tensor(self.indptr, self.indices.to(torch.int64), ones,
-                                           size=(self.num_dst, self.num_src), check_invariants=False)
+            return torch.sparse_csr_tensor(
+                self.indptr,
+                self.indices.to(torch.int64),
+                ones,
+                size=(self.num_dst, self.num_src),
+                check_invariants=False,
+            )
+
         return self._keep(("torch_csr", dtype), build)
 
     def to(self, device: torch.device | str) -> "Adjacency":
         r"""This adjacency on another device; itself if it is there already."""
         if torch.empty(0, device=device).device == self.device:
             return self
-        return Adjacency(self.indptr.to(device), self.indices.to(device), self.num_src, self.num_dst,
-                         None if self.edge_ids is None else self.edge_ids.to(device), check=False)
+        return Adjacency(
+            self.indptr.to(device),
+            self.indices.to(device),
+            self.num_src,
+            self.num_dst,
+            None if self.edge_ids is None else self.edge_ids.to(device),
+            check=False,
+        )

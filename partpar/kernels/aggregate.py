@@ -1,10 +1,12 @@
 r"""Aggregation of source rows over the in-edges of each destination.
 
 Every function takes an :class:`~partpar.kernels.adjacency.Adjacency` and source rows ``[num_src, C]`` or
-``[num_src, H, C]``, returns destination rows ``[num_dst, C]`` or ``[num_dst, H, C]``, and is zero for a destination
-without in-edges. None makes a message per edge, forward or backward, on the CPU. 16-bit rows are accumulated in
-float32. Sums can be differentiated any number of times; the others once, and say so when asked for more.
+``[num_src, H, C]``, returns destination rows ``[num_dst, C]`` or ``[num_dst, H, C]``, and is zero for a
+destination without in-edges. None makes a message per edge, forward or backward, on the CPU. 16-bit rows are
+accumulated in float32. Sums can be differentiated any number of times; the others once, and say so when asked
+for more.
 """
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,19 @@ from partpar.kernels.softmax import attend
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def aggregate_sum(adj: Adjacency, x: Tensor, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def aggregate_sum(
+    adj: Adjacency, x: Tensor, weight: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     r"""The sum over in-edges, weighted if :obj:`weight` is given.
 
     Args:
         adj (Adjacency): The edges.
         x (Tensor): ``[num_src, C]`` or ``[num_src, H, C]``.
-        weight (Tensor, optional): ``[E]``, in the adjacency's order of edges; ``[E, H]`` if :obj:`x` has heads. Its
+        weight (Tensor, optional): ``[E]``, in the adjacency's order of edges; ``[E, H]`` if :obj:`x` has
+        heads. Its
             gradient is computed only if it requires one. (default: :obj:`None`)
-        out (Tensor, optional): Rows to add to, in place: the interior, say, when :obj:`adj` and :obj:`x` are the
+        out (Tensor, optional): Rows to add to, in place: the interior, say, when :obj:`adj` and :obj:`x` are
+        the
             halo's. Differentiable as well. (default: :obj:`None`)
 
     Returns:
@@ -39,10 +45,14 @@ def aggregate_sum(adj: Adjacency, x: Tensor, weight: Tensor | None = None, out: 
         return weighted_sum(adj, rows, weight)
     shape = (adj.num_dst, *x.shape[1:])
     if out.shape != shape or out.dtype != rows.dtype or out.device != x.device:
-        raise GraphError(f"Expected `out` of {rows.dtype} {list(shape)} on {x.device}, found {out.dtype} "
-                         f"{list(out.shape)} on {out.device}.")
+        raise GraphError(
+            f"Expected `out` of {rows.dtype} {list(shape)} on {x.device}, found {out.dtype} "
+            f"{list(out.shape)} on {out.device}."
+        )
     if not out.is_contiguous():
-        raise GraphError(f"Expected a contiguous `out`, found strides {out.stride()}. Use `out.contiguous()`.")
+        raise GraphError(
+            f"Expected a contiguous `out`, found strides {out.stride()}. Use `out.contiguous()`."
+        )
     return add_weighted_sum(adj, rows, weight, out)
 
 
@@ -73,7 +83,8 @@ def aggregate_softmax(adj: Adjacency, x: Tensor, logits: Tensor, scale: Tensor |
         adj (Adjacency): The edges.
         x (Tensor): ``[num_src, H, C]``.
         logits (Tensor): ``[E, H]``.
-        scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a constant.
+        scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a
+        constant.
             (default: :obj:`None`)
 
     Returns:
@@ -85,10 +96,18 @@ def aggregate_softmax(adj: Adjacency, x: Tensor, logits: Tensor, scale: Tensor |
     return _attend(adj, x, None, None, logits, 1.0, scale)
 
 
-def aggregate_gat(adj: Adjacency, x: Tensor, a_src: Tensor, a_dst: Tensor, a_edge: Tensor | None = None,
-                  negative_slope: float = 0.2, scale: Tensor | None = None) -> Tensor:
-    r"""The attention of GAT (Velickovic et al., "Graph Attention Networks", 2018): as :func:`aggregate_softmax` with
-    the logits ``leaky_relu(a_src[src] + a_dst[dst] + a_edge)``, which are never stored.
+def aggregate_gat(
+    adj: Adjacency,
+    x: Tensor,
+    a_src: Tensor,
+    a_dst: Tensor,
+    a_edge: Tensor | None = None,
+    negative_slope: float = 0.2,
+    scale: Tensor | None = None,
+) -> Tensor:
+    r"""The attention of GAT (Velickovic et al., "Graph Attention Networks", 2018): as
+    :func:`aggregate_softmax` with the logits ``leaky_relu(a_src[src] + a_dst[dst] + a_edge)``, which are
+    never stored.
 
     Args:
         adj (Adjacency): The edges.
@@ -97,7 +116,8 @@ def aggregate_gat(adj: Adjacency, x: Tensor, a_src: Tensor, a_dst: Tensor, a_edg
         a_dst (Tensor): ``[num_dst, H]``.
         a_edge (Tensor, optional): ``[E, H]``. (default: :obj:`None`)
         negative_slope (float, optional): Of the ``leaky_relu``. (default: :obj:`0.2`)
-        scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a constant.
+        scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a
+        constant.
             (default: :obj:`None`)
 
     Returns:
@@ -112,11 +132,15 @@ def aggregate_gat(adj: Adjacency, x: Tensor, a_src: Tensor, a_dst: Tensor, a_edg
 def _rows(adj: Adjacency, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     r"""Checks, and makes the rows contiguous and the weight ``[E, H or 1]``, both of one dtype."""
     if x.dim() not in (2, 3) or x.size(0) != adj.num_src:
-        raise GraphError(f"Expected rows of shape [{adj.num_src}, C] or [{adj.num_src}, H, C], one for each source, "
-                         f"found {list(x.shape)}.")
+        raise GraphError(
+            f"Expected rows of shape [{adj.num_src}, C] or [{adj.num_src}, H, C], one for each source, "
+            f"found {list(x.shape)}."
+        )
     if x.dtype not in FLOATS or x.device != adj.device:
-        raise GraphError(f"Expected rows of a floating-point dtype on {adj.device}, where the adjacency is, found "
-                         f"{x.dtype} on {x.device}.")
+        raise GraphError(
+            f"Expected rows of a floating-point dtype on {adj.device}, where the adjacency is, found "
+            f"{x.dtype} on {x.device}."
+        )
     heads = x.size(1) if x.dim() == 3 else 1
     if weight is None:
         return x.contiguous(), None
@@ -128,15 +152,26 @@ def _rows(adj: Adjacency, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Ten
 
 def _check_edges(adj: Adjacency, values: Tensor, heads: int, name: str, x: Tensor) -> None:
     if tuple(values.shape) not in ((adj.num_edges,), (adj.num_edges, 1), (adj.num_edges, heads)):
-        raise GraphError(f"Expected `{name}` of shape [{adj.num_edges}] or [{adj.num_edges}, {heads}], for each edge "
-                         f"and head, found {list(values.shape)}.")
+        raise GraphError(
+            f"Expected `{name}` of shape [{adj.num_edges}] or [{adj.num_edges}, {heads}], for each edge "
+            f"and head, found {list(values.shape)}."
+        )
     if not values.is_floating_point() or values.device != x.device:
-        raise GraphError(f"Expected `{name}` of a floating-point dtype on {x.device}, found {values.dtype} on "
-                         f"{values.device}.")
+        raise GraphError(
+            f"Expected `{name}` of a floating-point dtype on {x.device}, found {values.dtype} on "
+            f"{values.device}."
+        )
 
 
-def _attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None, a_edge: Tensor | None,
-            slope: float, scale: Tensor | None) -> Tensor:
+def _attend(
+    adj: Adjacency,
+    x: Tensor,
+    a_src: Tensor | None,
+    a_dst: Tensor | None,
+    a_edge: Tensor | None,
+    slope: float,
+    scale: Tensor | None,
+) -> Tensor:
     rows, _ = _rows(adj, x, None)
     if x.dim() != 3:
         raise GraphError(f"Expected rows of shape [{adj.num_src}, H, C], found {list(x.shape)}.")
@@ -150,12 +185,17 @@ def _attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | Non
     if scale is not None:
         _check_edges(adj, scale, heads, "scale", x)
         if scale.requires_grad:
-            raise GraphError("Expected a constant `scale`, found one that requires a gradient: it is a dropout mask. "
-                             "Use `scale.detach()`.")
+            raise GraphError(
+                "Expected a constant `scale`, found one that requires a gradient: it is a dropout mask. "
+                "Use `scale.detach()`."
+            )
         scale = (scale.unsqueeze(1) if scale.dim() == 1 else scale).expand(-1, heads)
     dtype = x.dtype
     for values in (a_src, a_dst, a_edge):
         dtype = dtype if values is None else torch.promote_types(dtype, values.dtype)
-    parts = [None if values is None else values.to(dtype).contiguous() for values in (rows, a_src, a_dst, a_edge, scale)]
+    parts = [
+        None if values is None else values.to(dtype).contiguous()
+        for values in (rows, a_src, a_dst, a_edge, scale)
+    ]
     assert parts[0] is not None
     return attend(adj, parts[0], parts[1], parts[2], parts[3], slope, parts[4])

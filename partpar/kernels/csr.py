@@ -1,4 +1,5 @@
 r"""Counting sort of edges by one of their ends: compression and transposition in linear time."""
+
 import numpy as np
 import torch
 from numba import njit
@@ -34,10 +35,14 @@ def compress(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
         num_keys (int): The number of keys.
 
     Returns:
-        ``indptr`` int64 ``[num_keys + 1]`` and ``order`` ``[E]`` (int32 where that suffices): the positions whose key
-        is ``k`` are ``order[indptr[k]:indptr[k + 1]]``, ascending.
+        ``indptr`` int64 ``[num_keys + 1]`` and ``order`` ``[E]`` (int32 where that suffices): the positions
+        whose key is ``k`` are ``order[indptr[k]:indptr[k + 1]]``, ascending.
     """
-    counts = torch.bincount(keys, minlength=num_keys) if keys.numel() else keys.new_zeros(num_keys, dtype=torch.int64)
+    counts = (
+        torch.bincount(keys, minlength=num_keys)
+        if keys.numel()
+        else keys.new_zeros(num_keys, dtype=torch.int64)
+    )
     indptr = torch.zeros(num_keys + 1, dtype=torch.int64, device=keys.device)
     torch.cumsum(counts, 0, out=indptr[1:])
     if keys.device.type != "cpu":

@@ -1,20 +1,26 @@
 r"""The exponential function for the inside of Numba loops."""
+
+from typing import Any
+
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 
 def exponential(value: float) -> float:
-    r"""``exp`` of a number that is not positive; in float32 by a polynomial that the compiler can vectorise."""
+    r"""``exp`` of a number that is not positive; in float32 by a polynomial that the compiler can
+    vectorise.
+    """
     return float(np.exp(value))
 
 
-@overload(exponential, inline="always")
-def _exponential(value):  # type: ignore[no-untyped-def]  # Numba compares the signatures, annotations included
-    if value != types.float32:
-        return lambda value: np.exp(value)
+# Numba wants the two signatures below alike, annotations included.
+@overload(exponential)
+def _exponential(value: Any) -> Any:
+    def exact(value: Any) -> Any:
+        return np.exp(value)
 
-    def polynomial(value):  # type: ignore[no-untyped-def]
+    def polynomial(value: Any) -> Any:
         # exp(v) = 2^k * exp(r), r in [-ln2/2, ln2/2]; ln2 in two parts so that r is exact; error below 2 ulp.
         bounded = value if value > np.float32(-87.0) else np.float32(-87.0)
         k = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
@@ -30,4 +36,5 @@ def _exponential(value):  # type: ignore[no-untyped-def]  # Numba compares the s
         if value < np.float32(-87.0):
             return np.float32(0.0)
         return p * power if value == value else value
-    return polynomial
+
+    return polynomial if value == types.float32 else exact

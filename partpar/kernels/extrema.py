@@ -1,4 +1,5 @@
 r"""The largest and the smallest row entry over in-edges. A gradient is split evenly over all tied entries."""
+
 import math
 from typing import Any
 
@@ -16,8 +17,9 @@ from partpar.kernels.threads import for_rows
 
 
 @njit(nogil=True, cache=True)
-def _extreme_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, sign: int,
-                  out: np.ndarray) -> None:
+def _extreme_rows(
+    lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, sign: int, out: np.ndarray
+) -> None:
     r"""``out[i]``: the extreme of ``x[indices[e]]`` per column; NaN if any is; zero in rows without edges."""
     width, flat, last = x.shape[1], x.reshape(-1), indices.shape[0] - 1
     factor = x.dtype.type(sign)
@@ -39,8 +41,16 @@ def _extreme_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: 
 
 
 @njit(nogil=True, cache=True)
-def _extreme_rows_counting(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, sign: int,
-                           out: np.ndarray, count: np.ndarray) -> None:
+def _extreme_rows_counting(
+    lo: int,
+    hi: int,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    x: np.ndarray,
+    sign: int,
+    out: np.ndarray,
+    count: np.ndarray,
+) -> None:
     r"""The same, and in ``count`` the number of edges that reach it (one where there are none)."""
     width, flat, last = x.shape[1], x.reshape(-1), indices.shape[0] - 1
     factor, one = x.dtype.type(sign), x.dtype.type(1)  # a plain 1 would widen the loop to float64
@@ -65,9 +75,19 @@ def _extreme_rows_counting(lo: int, hi: int, indptr: np.ndarray, indices: np.nda
 
 
 @njit(nogil=True, cache=True)
-def _give_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, best: np.ndarray, shared: np.ndarray,
-               x: np.ndarray, out: np.ndarray) -> None:
-    r"""``out[j] = sum of shared[i]`` over the out-edges of ``j``, in the columns where ``x[j]`` is the best of ``i``."""
+def _give_rows(
+    lo: int,
+    hi: int,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    best: np.ndarray,
+    shared: np.ndarray,
+    x: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    r"""``out[j] = sum of shared[i]`` over the out-edges of ``j``, in the columns where ``x[j]`` is the best
+    of ``i``.
+    """
     width, last = x.shape[1], indices.shape[0] - 1
     flat_best, flat_shared = best.reshape(-1), shared.reshape(-1)
     zero = x.dtype.type(0)
@@ -105,14 +125,17 @@ def extreme(adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
 class ExtremeByScatter(torch.autograd.Function):
     r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, *]``.
 
-    Not torch's own gradient of ``scatter_reduce(include_self=False)``: that takes the zeros of an empty result for one
-    more tied entry wherever the extreme is exactly zero.
+    Not torch's own gradient of ``scatter_reduce(include_self=False)``: that takes the zeros of an empty
+    result for one more tied entry wherever the extreme is exactly zero.
     """
+
     @staticmethod
     def forward(ctx: Any, adj: Adjacency, x: Tensor, largest: bool) -> Tensor:
         index = adj.destinations.to(torch.int64).view(-1, *[1] * (x.dim() - 1)).expand(-1, *x.shape[1:])
         out = x.new_zeros(adj.num_dst, *x.shape[1:])
-        out.scatter_reduce_(0, index, x.index_select(0, adj.indices), "amax" if largest else "amin", include_self=False)
+        out.scatter_reduce_(
+            0, index, x.index_select(0, adj.indices), "amax" if largest else "amin", include_self=False
+        )
         ctx.adj = adj
         ctx.save_for_backward(x, out)
         return out
@@ -124,7 +147,11 @@ class ExtremeByScatter(torch.autograd.Function):
         src, dst = ctx.adj.indices, ctx.adj.destinations
         reached = (x.index_select(0, src) == out.index_select(0, dst)).to(grad.dtype)
         count = torch.zeros_like(out).index_add_(0, dst, reached).clamp_(min=1)
-        return None, torch.zeros_like(x).index_add_(0, src, reached * (grad / count).index_select(0, dst)), None
+        return (
+            None,
+            torch.zeros_like(x).index_add_(0, src, reached * (grad / count).index_select(0, dst)),
+            None,
+        )
 
 
 def _flat(rows: Tensor, columns: int) -> np.ndarray:
@@ -156,7 +183,14 @@ class _Extreme(torch.autograd.Function):
         shared, there = accumulating(grad) / count, ctx.adj.transposed
         grad_x = torch.empty_like(x)
         columns = math.prod(x.shape[1:])
-        for_rows(_give_rows, there.indptr.numpy(), 2 * columns,
-                 (there.indptr.numpy(), there.indices.numpy(),
-                  *(_flat(part, columns) for part in (out, shared, x, grad_x))))
+        for_rows(
+            _give_rows,
+            there.indptr.numpy(),
+            2 * columns,
+            (
+                there.indptr.numpy(),
+                there.indices.numpy(),
+                *(_flat(part, columns) for part in (out, shared, x, grad_x)),
+            ),
+        )
         return None, grad_x.to(grad.dtype), None

@@ -1,8 +1,10 @@
-r"""Sums over in-edges as functions that autograd knows: linear in rows, and bilinear in rows and edge weights.
+r"""Sums over in-edges as functions that autograd knows: linear in rows, and bilinear in rows and edge
+weights.
 
-Each derivative is one of the same two functions, on the adjacency or its transpose, so that derivatives of any order
-exist. No tensor of the size ``[E, C]`` is made.
+Each derivative is one of the same two functions, on the adjacency or its transpose, so that derivatives of
+any order exist. No tensor of the size ``[E, C]`` is made.
 """
+
 import math
 from typing import Any
 
@@ -13,7 +15,8 @@ from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.rows import add_rows, add_weighted_rows, dot_rows
 from partpar.kernels.threads import for_rows
 
-# `embedding_bag` sums these row types in float32 with a kernel made for the processor at hand; on float64 it is slow.
+# `embedding_bag` sums these row types in float32 with a kernel made for the processor at hand; on float64 it
+# is slow.
 BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +50,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _AddWeightedSum(torch.autograd.Function):
-    # `base` comes first: where it is a view, autograd takes the first input for the one that is changed in place.
+    # `base` comes first: where it is a view, autograd takes the first input for the one that is changed in
+    # place.
     @staticmethod
     def forward(ctx: Any, base: Tensor, adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.adj = adj
@@ -62,14 +66,16 @@ class _AddWeightedSum(torch.autograd.Function):
         return grad, None, *_gradients(ctx.adj, ctx.needs_input_grad[2:], grad, x, weight)
 
 
-def _gradients(adj: Adjacency, wanted: tuple[bool, ...], grad: Tensor, x: Tensor | None,
-               weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(
+    adj: Adjacency, wanted: tuple[bool, ...], grad: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     grad_x = grad_weight = None
     grad = grad.contiguous()
     if wanted[0]:
         grad_x = weighted_sum(adj.transposed, grad, None if weight is None else adj.to_transpose(weight))
     if wanted[1]:
-        assert weight is not None and x is not None
+        assert weight is not None
+        assert x is not None
         grad_weight = edge_dot(adj, grad, x)
         if weight.size(1) != grad_weight.size(1):  # one weight for all heads
             grad_weight = grad_weight.sum(1, keepdim=True)
@@ -86,7 +92,8 @@ def add_weighted_sum(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Ten
 
 
 def edge_dot(adj: Adjacency, g: Tensor, x: Tensor) -> Tensor:
-    r"""``out[e, h] = <g[dst(e), h], x[src(e), h]>``: ``[E, H]`` from ``[num_dst, H, C]`` and ``[num_src, H, C]``.
+    r"""``out[e, h] = <g[dst(e), h], x[src(e), h]>``: ``[E, H]`` from ``[num_dst, H, C]`` and ``[num_src, H,
+    C]``.
 
     Rows without heads have one.
     """
@@ -108,8 +115,12 @@ class _EdgeDot(torch.autograd.Function):
             return x.new_zeros(adj.num_edges, heads)
         wide, narrow = accumulating(x), x.dtype
         out = torch.empty(adj.num_edges, heads, dtype=wide.dtype)
-        for_rows(dot_rows, adj.indptr.numpy(), heads * width,
-                 (adj.indptr.numpy(), adj.indices.numpy(), accumulating(g).numpy(), wide.numpy(), out.numpy()))
+        for_rows(
+            dot_rows,
+            adj.indptr.numpy(),
+            heads * width,
+            (adj.indptr.numpy(), adj.indices.numpy(), accumulating(g).numpy(), wide.numpy(), out.numpy()),
+        )
         return out.to(narrow)
 
     @staticmethod
@@ -142,24 +153,25 @@ def sum_into(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor | No
     x = x.detach()
     weight = None if weight is None else weight.detach()
     if x.device.type != "cpu":
-        out = _sum_on_device(adj, _with_heads(x), weight).view(shape)
+        out = _sum_on_device(adj, _with_heads(x), weight).resize_(shape)
         return out if base is None else base.add_(out)
     one_weight = weight is None or weight.size(1) == 1
     if base is None and x.dtype in BAG_DTYPES and one_weight:
-        return _sum_in_bags(adj, x.view(adj.num_src, columns), weight).view(shape)
+        # No view: autograd refuses to add to a view of a custom function's output in place.
+        return _sum_in_bags(adj, x.view(adj.num_src, columns), weight).resize_(shape)
 
     wide = accumulating(x)
-    if base is None:
-        out = torch.zeros(shape, dtype=wide.dtype)
-    else:
-        out = base.to(wide.dtype)  # itself, if it has that dtype
+    # `to` gives the base itself if it has that dtype.
+    out = torch.zeros(shape, dtype=wide.dtype) if base is None else base.to(wide.dtype)
     heads = 1 if one_weight else x.size(1)
     rows, into = wide.view(-1, heads, columns // heads).numpy(), out.view(-1, heads, columns // heads).numpy()
     indptr, indices = adj.indptr.numpy(), adj.indices.numpy()
     if weight is None:
         for_rows(add_rows, indptr, columns, (indptr, indices, rows[:, 0], into[:, 0]))
     else:
-        for_rows(add_weighted_rows, indptr, columns, (indptr, indices, accumulating(weight).numpy(), rows, into))
+        for_rows(
+            add_weighted_rows, indptr, columns, (indptr, indices, accumulating(weight).numpy(), rows, into)
+        )
     if base is None:
         return out.to(x.dtype)
     return base if out is base else base.copy_(out)
@@ -167,20 +179,26 @@ def sum_into(adj: Adjacency, x: Tensor, weight: Tensor | None, base: Tensor | No
 
 def _sum_in_bags(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
     indices = adj.indices.to(adj.offsets.dtype)  # both in 32 bits, unless there are 2**31 edges
-    return torch._embedding_bag_forward_only(x, indices, adj.offsets, False, 0, False,
-                                             None if weight is None else weight.reshape(-1), True)[0]
+    return torch._embedding_bag_forward_only(
+        x, indices, adj.offsets, False, 0, False, None if weight is None else weight.reshape(-1), True
+    )[0]
 
 
 def _sum_on_device(adj: Adjacency, x: Tensor, weight: Tensor | None) -> Tensor:
     r"""By the sparse product of torch where all columns share a weight, else head by head."""
     heads, width = x.shape[1:]
     if weight is not None and weight.size(1) > 1:
-        parts = [_sum_on_device(adj, x[:, h:h + 1], weight[:, h:h + 1]) for h in range(heads)]
+        parts = [_sum_on_device(adj, x[:, h : h + 1], weight[:, h : h + 1]) for h in range(heads)]
         return torch.stack(parts, 1)
     wide = x.reshape(-1, heads * width)
     wide = wide.to(torch.float32) if wide.dtype in (torch.bfloat16, torch.float16) else wide
     matrix = adj.torch_csr(wide.dtype)
     if weight is not None:
-        matrix = torch.sparse_csr_tensor(matrix.crow_indices(), matrix.col_indices(),
-                                         weight.reshape(-1).to(wide.dtype), size=matrix.shape, check_invariants=False)
+        matrix = torch.sparse_csr_tensor(
+            matrix.crow_indices(),
+            matrix.col_indices(),
+            weight.reshape(-1).to(wide.dtype),
+            size=matrix.shape,
+            check_invariants=False,
+        )
     return (matrix @ wide).to(x.dtype)

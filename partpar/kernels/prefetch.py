@@ -1,4 +1,5 @@
 r"""A hint to the processor, for Numba kernels that gather rows at random."""
+
 from typing import Any
 
 from llvmlite import ir
@@ -11,9 +12,11 @@ from numba.extending import intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     r"""``prefetch(array, index)`` asks for the cache line of ``array[index]`` (one-dimensional, contiguous).
 
-    A gather of rows waits for memory; asking some edges ahead hides most of that wait (measured: 1.6 times faster).
+    A gather of rows waits for memory; asking some edges ahead hides most of that wait (measured: 1.6 times
+    faster).
     An address outside the array is harmless, for a hint never faults.
     """
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         byte = ir.IntType(8).as_pointer()

@@ -1,8 +1,10 @@
-r"""Compiled loops of the linear aggregations. All take compressed rows and add nothing of the size of the edges.
+r"""Compiled loops of the linear aggregations. All take compressed rows and add nothing of the size of the
+edges.
 
-Arrays: ``indptr`` int64 ``[n + 1]``, ``indices`` int32 ``[E]``, ``x`` ``[m, H, C]``, ``weight`` ``[E, H]``. Each body
-handles the rows ``lo..hi-1`` (see :mod:`partpar.kernels.threads`).
+Arrays: ``indptr`` int64 ``[n + 1]``, ``indices`` int32 ``[E]``, ``x`` ``[m, H, C]``, ``weight`` ``[E, H]``.
+Each body handles the rows ``lo..hi-1`` (see :mod:`partpar.kernels.threads`).
 """
+
 import numpy as np
 from numba import njit
 
@@ -17,7 +19,9 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def add_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+def add_rows(
+    lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.ndarray, out: np.ndarray
+) -> None:
     r"""``out[i] += sum of x[indices[e]]`` over the edges of row ``i``; ``x`` is ``[m, C]``."""
     width = x.shape[1]
     flat = x.reshape(-1)
@@ -41,8 +45,15 @@ def add_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, x: np.nd
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def add_weighted_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, weight: np.ndarray, x: np.ndarray,
-                      out: np.ndarray) -> None:
+def add_weighted_rows(
+    lo: int,
+    hi: int,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    weight: np.ndarray,
+    x: np.ndarray,
+    out: np.ndarray,
+) -> None:
     r"""``out[i, h] += sum of weight[e, h] * x[indices[e], h]`` over the edges of row ``i``."""
     heads, width = x.shape[1], x.shape[2]
     flat = x.reshape(-1)
@@ -60,9 +71,12 @@ def add_weighted_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray,
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def dot_rows(lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, g: np.ndarray, x: np.ndarray,
-             out: np.ndarray) -> None:
-    r"""``out[e, h] = <g[i, h], x[indices[e], h]>`` for the edges of row ``i``: the gradient of a weighted sum's weights."""
+def dot_rows(
+    lo: int, hi: int, indptr: np.ndarray, indices: np.ndarray, g: np.ndarray, x: np.ndarray, out: np.ndarray
+) -> None:
+    r"""``out[e, h] = <g[i, h], x[indices[e], h]>`` for the edges of row ``i``: the gradient of a weighted
+    sum's weights.
+    """
     heads, width = x.shape[1], x.shape[2]
     flat = x.reshape(-1)
     last = indices.shape[0] - 1

@@ -1,4 +1,7 @@
-r"""Attention over in-edges as a function that autograd knows: the kernels of :mod:`partpar.kernels.attention`."""
+r"""Attention over in-edges as a function that autograd knows: the kernels of
+:mod:`partpar.kernels.attention`.
+"""
+
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,15 @@ from partpar.kernels.linear import accumulating
 from partpar.kernels.threads import for_rows, num_workers
 
 
-def attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None, a_edge: Tensor | None, slope: float,
-           scale: Tensor | None) -> Tensor:
+def attend(
+    adj: Adjacency,
+    x: Tensor,
+    a_src: Tensor | None,
+    a_dst: Tensor | None,
+    a_edge: Tensor | None,
+    slope: float,
+    scale: Tensor | None,
+) -> Tensor:
     r"""``out[i] = sum of softmax(leaky_relu(a_src[src(e)] + a_dst[i] + a_edge[e])) * scale[e] * x[src(e)]``.
 
     Args:
@@ -34,9 +44,18 @@ def attend(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None
     return out
 
 
-def attend_by_scatter(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None, a_edge: Tensor | None,
-                      slope: float, scale: Tensor | None) -> Tensor:
-    r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, H, C]``."""
+def attend_by_scatter(
+    adj: Adjacency,
+    x: Tensor,
+    a_src: Tensor | None,
+    a_dst: Tensor | None,
+    a_edge: Tensor | None,
+    slope: float,
+    scale: Tensor | None,
+) -> Tensor:
+    r"""The same in torch operations alone, for devices without a kernel here. Makes messages ``[E, H,
+    C]``.
+    """
     src, dst = adj.indices, adj.destinations
     logit = x.new_zeros(adj.num_edges, x.size(1))
     for values, index in ((a_src, src), (a_dst, dst), (a_edge, None)):
@@ -49,24 +68,61 @@ def attend_by_scatter(adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Te
     prob = (logit - top.index_select(0, dst)).exp()
     prob = prob / zeros.index_add(0, dst, prob).index_select(0, dst)
     prob = prob if scale is None else prob * scale
-    return x.new_zeros(adj.num_dst, *x.shape[1:]).index_add(0, dst, x.index_select(0, src) * prob.unsqueeze(-1))
+    return x.new_zeros(adj.num_dst, *x.shape[1:]).index_add(
+        0, dst, x.index_select(0, src) * prob.unsqueeze(-1)
+    )
 
 
-def _array(values: Tensor | None, like: Tensor) -> np.ndarray:
-    return like.new_empty(0, like.size(1)).numpy() if values is None else accumulating(values).numpy()
+def _arrays(
+    adj: Adjacency,
+    wide: Tensor,
+    a_src: Tensor | None,
+    a_dst: Tensor | None,
+    a_edge: Tensor | None,
+    slope: float,
+    scale: Tensor | None,
+) -> tuple[Any, ...]:
+    r"""What both kernels are given of the logits: node terms always (zeros for none), edge terms if there
+    are any.
+    """
+    heads = wide.size(1)
+    src = wide.new_zeros(adj.num_src, heads) if a_src is None else accumulating(a_src)
+    dst = wide.new_zeros(adj.num_dst, heads) if a_dst is None else accumulating(a_dst)
+    edge, factor = (
+        wide.new_empty(0, heads) if part is None else accumulating(part) for part in (a_edge, scale)
+    )
+    return src.numpy(), dst.numpy(), edge.numpy(), src.numpy().dtype.type(slope), factor.numpy()
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, adj: Adjacency, x: Tensor, a_src: Tensor | None, a_dst: Tensor | None,
-                a_edge: Tensor | None, slope: float, scale: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        adj: Adjacency,
+        x: Tensor,
+        a_src: Tensor | None,
+        a_dst: Tensor | None,
+        a_edge: Tensor | None,
+        slope: float,
+        scale: Tensor | None,
+    ) -> Tensor:
         wide = accumulating(x)
         out = torch.empty(adj.num_dst, *x.shape[1:], dtype=wide.dtype)
         norm = torch.empty(adj.num_dst, x.size(1), dtype=wide.dtype)
         indptr = adj.indptr.numpy()
-        for_rows(attend_rows, indptr, x.size(1) * x.size(2),
-                 (indptr, adj.indices.numpy(), wide.numpy(), _array(a_src, wide), _array(a_dst, wide),
-                  _array(a_edge, wide), out.numpy().dtype.type(slope), _array(scale, wide), out.numpy(), norm.numpy()))
+        for_rows(
+            attend_rows,
+            indptr,
+            x.size(1) * x.size(2),
+            (
+                indptr,
+                adj.indices.numpy(),
+                wide.numpy(),
+                *_arrays(adj, wide, a_src, a_dst, a_edge, slope, scale),
+                out.numpy(),
+                norm.numpy(),
+            ),
+        )
         out = out.to(x.dtype)
         ctx.adj, ctx.slope = adj, slope
         ctx.save_for_backward(x, a_src, a_dst, a_edge, scale, out, norm)
@@ -79,24 +135,45 @@ class _Attend(torch.autograd.Function):
         adj: Adjacency = ctx.adj
         wide, g, out = accumulating(x), accumulating(grad), accumulating(out)
         heads, width = x.shape[1:]
-        none = wide.new_empty(0, heads)
 
         g_out = torch.empty_like(norm)
-        for_rows(dot_same_rows, np.arange(adj.num_dst + 1), heads * width, (g.numpy(), out.numpy(), g_out.numpy()))
+        for_rows(
+            dot_same_rows, np.arange(adj.num_dst + 1), heads * width, (g.numpy(), out.numpy(), g_out.numpy())
+        )
 
         there = adj.transposed
         indptr = there.indptr.numpy()
-        grad_x = torch.empty_like(wide)
-        grad_src = none if a_src is None else wide.new_empty(adj.num_src, heads)
-        grad_edge = none if a_edge is None else wide.new_empty(adj.num_edges, heads)
+        grad_x, grad_src = torch.empty_like(wide), wide.new_empty(adj.num_src, heads)
+        grad_edge = wide.new_empty(0 if a_edge is None else adj.num_edges, heads)
         # Several rows of the transpose meet in one destination: each thread sums for itself.
-        workers = num_workers((adj.num_edges + adj.num_src) * heads * width)
-        grad_dst = wide.new_zeros(workers, 0 if a_dst is None else adj.num_dst, heads)
-        for_rows(attend_rows_backward, indptr, heads * width,
-                 (indptr, there.indices.numpy(), adj.transpose_order.numpy(), wide.numpy(), _array(a_src, wide),
-                  _array(a_dst, wide), _array(a_edge, wide), wide.numpy().dtype.type(ctx.slope), _array(scale, wide),
-                  norm.numpy(), g.numpy(), g_out.numpy(), grad_x.numpy(), grad_src.numpy(), grad_edge.numpy()),
-                 per_worker=[part.numpy() for part in grad_dst])
-        return (None, grad_x.to(x.dtype), None if a_src is None else grad_src.to(x.dtype),
-                None if a_dst is None else grad_dst.sum(0).to(x.dtype),
-                None if a_edge is None else grad_edge.to(x.dtype), None, None)
+        grad_dst = wide.new_zeros(
+            num_workers((adj.num_edges + adj.num_src) * heads * width), adj.num_dst, heads
+        )
+        for_rows(
+            attend_rows_backward,
+            indptr,
+            heads * width,
+            (
+                indptr,
+                there.indices.numpy(),
+                adj.transpose_order.numpy(),
+                wide.numpy(),
+                *_arrays(adj, wide, a_src, a_dst, a_edge, ctx.slope, scale),
+                norm.numpy(),
+                g.numpy(),
+                g_out.numpy(),
+                grad_x.numpy(),
+                grad_src.numpy(),
+                grad_edge.numpy(),
+            ),
+            per_worker=[part.numpy() for part in grad_dst],
+        )
+        return (
+            None,
+            grad_x.to(x.dtype),
+            None if a_src is None else grad_src.to(x.dtype),
+            None if a_dst is None else grad_dst.sum(0).to(x.dtype),
+            None if a_edge is None else grad_edge.to(x.dtype),
+            None,
+            None,
+        )

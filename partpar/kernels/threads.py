@@ -1,11 +1,12 @@
 r"""Running a compiled loop over rows on several threads.
 
-A kernel here is a ``nogil`` Numba function ``body(lo, hi, *args)`` that works on the rows ``lo..hi-1`` and on nothing
-else. This file cuts the rows into chunks of about equal work and lets plain Python threads take one chunk after the
-other. That needs no threading layer of Numba (one of which aborts under concurrent threads), compiles each kernel
-once instead of once serial and once parallel, and makes each row's result the work of one thread alone, so that
-results do not depend on the number of threads.
+A kernel here is a ``nogil`` Numba function ``body(lo, hi, *args)`` that works on the rows ``lo..hi-1`` and on
+nothing else. This file cuts the rows into chunks of about equal work and lets plain Python threads take one
+chunk after the other. That needs no threading layer of Numba (one of which aborts under concurrent threads),
+compiles each kernel once instead of once serial and once parallel, and makes each row's result the work of
+one thread alone, so that results do not depend on the number of threads.
 """
+
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -35,12 +36,19 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 def num_workers(work: int) -> int:
-    r"""The number of threads that a loop of :obj:`work` multiply-adds is worth: torch's own setting, or one."""
+    r"""The number of threads that a loop of :obj:`work` multiply-adds is worth: torch's own setting, or
+    one.
+    """
     return torch.get_num_threads() if work > SERIAL_WORK else 1
 
 
-def for_rows(body: Callable[..., None], indptr: np.ndarray, width: int, args: tuple[Any, ...],
-             per_worker: Sequence[Any] | None = None) -> None:
+def for_rows(
+    body: Callable[..., None],
+    indptr: np.ndarray,
+    width: int,
+    args: tuple[Any, ...],
+    per_worker: Sequence[Any] | None = None,
+) -> None:
     r"""Runs ``body(lo, hi, *args)`` over all rows of a compressed matrix.
 
     Args:
@@ -48,7 +56,8 @@ def for_rows(body: Callable[..., None], indptr: np.ndarray, width: int, args: tu
         indptr (numpy.ndarray): int64 ``[num_rows + 1]``, where each row's entries begin.
         width (int): The number of multiply-adds per entry, to judge whether threads are worth their start.
         args (tuple): What the body is given after ``lo, hi``.
-        per_worker (sequence, optional): One scratch object for each of ``num_workers(...)`` threads, given to the
+        per_worker (sequence, optional): One scratch object for each of ``num_workers(...)`` threads, given to
+        the
             body as its last argument. (default: :obj:`None`)
     """
     num_rows = len(indptr) - 1
