@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.models.basic_gnn import BasicGNN as PyGBasicGNN
 
+from partpar.kernels.adjacency import Adjacency
 from partpar.nn import rows
 from partpar.nn.dropout import Dropout
 from partpar.nn.norm import with_global_statistics
+from partpar.nn.recompute import run_again
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 
@@ -37,6 +40,8 @@ class BasicGNN(PyGBasicGNN):
         jk (str, optional): Jumping knowledge: ``"last"``, ``"cat"``, ``"max"`` or ``"lstm"``, then a linear
             layer.
         seed (int, optional): The seed of dropout. (default: :obj:`0`)
+        recompute (bool, optional): Whether layers are run again in the backward pass, exchange included, instead
+            of keeping their halo rows and activations: less memory, more time. (default: :obj:`False`)
         **kwargs (optional): Arguments of the layers.
 
     Raises:
@@ -53,9 +58,10 @@ class BasicGNN(PyGBasicGNN):
         out_channels: int | None = None,
         *args: Any,
         seed: int = 0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._seed = seed
+        self._seed, self.recompute = seed, recompute
         super().__init__(in_channels, hidden_channels, num_layers, out_channels, *args, **kwargs)
         self.norms = torch.nn.ModuleList(
             with_global_statistics(norm, type(self).__name__) for norm in self.norms
@@ -73,8 +79,8 @@ class BasicGNN(PyGBasicGNN):
 
     def forward(
         self,
-        x: Tensor,
-        edge_index: Tensor,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
@@ -82,8 +88,9 @@ class BasicGNN(PyGBasicGNN):
         r"""Runs the model on owned rows (collective).
 
         Args:
-            x (torch.Tensor): ``[num_owned, in_channels]``, the rows of the owned nodes.
-            edge_index (torch.Tensor): ``[2, E]``, the share's edges.
+            x (torch.Tensor or SourceRows): ``[num_owned, in_channels]``, the rows of the owned nodes; constant rows
+                may come with their halo from :func:`~partpar.nn.keep_halo`, so that the first layer sends nothing.
+            edge_index (torch.Tensor or Adjacency): The share's edges: ``share.adj()``, the fast way, or ``[2, E]``.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_weight (torch.Tensor, optional): ``[E]``, where layers support it.
             edge_attr (torch.Tensor, optional): ``[E, D]``, where layers support it.
@@ -105,18 +112,32 @@ class BasicGNN(PyGBasicGNN):
                 per_edge[name] = value
 
         hidden: list[Tensor] = []
-        for i, (conv, norm, dropout) in enumerate(zip(self.convs, self.norms, self.dropouts, strict=True)):
-            x = conv(x, edge_index, route, **per_edge)
-            if i == self.num_layers - 1 and self.jk_mode is None:
-                break
-            if self.act is not None and self.act_first:
-                x = self.act(x)
-            x = rows.call(norm, x, route)
-            if self.act is not None and not self.act_first:
-                x = self.act(x)
-            x = dropout(x, route)
-            if hasattr(self, "jk"):
-                hidden.append(x)
-        if hasattr(self, "jk"):
-            x = self.jk(hidden)
-        return self.lin(x) if hasattr(self, "lin") else x
+        inputs: Tensor | SourceRows = x
+        for i in range(self.num_layers):
+            if self.recompute and torch.is_grad_enabled():
+                hidden.append(run_again(self._layer, i, inputs, edge_index, route, per_edge))
+            else:
+                hidden.append(self._layer(i, inputs, edge_index, route, per_edge))
+            inputs = hidden[-1]
+        out = self.jk(hidden) if hasattr(self, "jk") else hidden[-1]
+        return self.lin(out) if hasattr(self, "lin") else out
+
+    def _layer(
+        self,
+        i: int,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
+        route: Route | None,
+        per_edge: dict[str, Tensor],
+    ) -> Tensor:
+        """One convolution and what follows it, from owned rows to owned rows."""
+        out: Tensor = self.convs[i](x, edge_index, route, **per_edge)
+        if i == self.num_layers - 1 and self.jk_mode is None:
+            return out
+        if self.act is not None and self.act_first:
+            out = self.act(out)
+        out = rows.call(self.norms[i], out, route)
+        if self.act is not None and not self.act_first:
+            out = self.act(out)
+        dropped: Tensor = self.dropouts[i](out, route)
+        return dropped

@@ -25,6 +25,12 @@ from partpar import GraphData, models, nn
 from partpar.nn import global_mean
 
 STEPS = 20
+WAYS = {
+    "edge_index": "PyG's own propagation, message by message",
+    "adj": "kernels, interior and halo apart, partial sums",
+    "kept": "the same, and the halo of the input fetched once",
+    "recompute": "the same, and layers run again in the backward pass",
+}
 GRAPHS = ("directed", "cora", "citeseer")
 ALGORITHMS = ("metis", "multi-constraint-metis", "ldg", "random", "given")
 ZOO, USERS = ("GCN", "GraphSAGE", "GAT", "GIN"), "user's"
@@ -150,9 +156,14 @@ def train(losses_of: torch.nn.Module, built: torch.nn.ModuleDict, plan: Plan) ->
 
 
 def worker_case(
-    worker: Worker, root: Path, algorithm: str, state: dict[str, Tensor], plans: tuple[Plan, ...]
+    worker: Worker,
+    root: Path,
+    algorithm: str,
+    state: dict[str, Tensor],
+    plans: tuple[Plan, ...],
+    way: str = "edge_index",
 ) -> dict[Plan, Any]:
-    r"""Trains all models through DDP on this worker's share."""
+    r"""Trains all models through DDP on this worker's share, by one of :data:`WAYS`."""
     share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
     route = share.to_route(worker.group)
     frame, edge_index = share.node("dst"), share.edge_index()
@@ -161,9 +172,13 @@ def worker_case(
         built = build(models, share.meta(), **({"dropout": plan.dropout} if plan.dropout else {}))
         built.load_state_dict(state)
         x = frame["x"].to(plan.dtype)
+        rows = x if way in ("edge_index", "adj") else nn.keep_halo(x, route)
+        for model in built.values():
+            model.recompute = way == "recompute"
 
-        def loss_of(model: torch.nn.Module, x: Tensor = x) -> Tensor:
-            out = model(x, edge_index, route)
+        def loss_of(model: torch.nn.Module, x: Tensor = x, rows: Any = rows) -> Tensor:
+            fast = way != "edge_index" and not isinstance(model, UserNet)
+            out = model(rows if fast else x, share.adj() if fast else edge_index, route)
             return global_mean(F.cross_entropy(out, frame["y"], reduction="none"), frame["train_mask"], route)
 
         losses = Losses(built.to(plan.dtype), loss_of)
@@ -262,15 +277,24 @@ def partitions(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cut
 
 
+CASES = [(graph, algorithm, "edge_index") for graph in GRAPHS for algorithm in ALGORITHMS]
+CASES += [
+    ("directed", algorithm, way)
+    for algorithm in ("metis", "random", "given")
+    for way in WAYS
+    if way != "edge_index"
+]
+CASES += [("cora", "metis", "kept"), ("cora", "given", "recompute"), ("citeseer", "ldg", "adj")]
+
+
 @pytest.mark.filterwarnings("ignore:.*balance")
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize(("graph", "algorithm", "way"), CASES, ids=["-".join(case) for case in CASES])
 def test_training_is_that_of_one_process(
-    gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str
+    gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str, way: str
 ) -> None:
     state, expected, feeds = reference(graph)
     root = partitions(graph, algorithm, world_size)
-    results = gang.run(worker_case, world_size, root, algorithm, state, PLANS, timeout=120)
+    results = gang.run(worker_case, world_size, root, algorithm, state, PLANS, way, timeout=120)
     wrong = {}
     for rank, runs in enumerate(results):
         for name in (*ZOO, USERS):
@@ -303,13 +327,19 @@ def test_the_reference_learns() -> None:
 def test_dropout_agrees_for_any_number_of_workers(gang: Gang, partitions: Any, graph: str) -> None:
     state, expected, _ = reference(graph)
     runs = {}
-    for num_parts, algorithm in ((1, "metis"), (2, "given"), (2, "metis"), (3, "metis"), (4, "ldg")):
+    for case in (
+        (1, "metis", "edge_index"),
+        (2, "given", "edge_index"),
+        (2, "metis", "adj"),
+        (3, "metis", "edge_index"),
+        (3, "metis", "recompute"),
+        (4, "ldg", "kept"),
+    ):
+        num_parts, algorithm, way = case
         root = partitions(graph, algorithm, num_parts)
-        runs[num_parts, algorithm] = gang.run(worker_case, num_parts, root, algorithm, state, (DROPOUT,))[0][
-            DROPOUT
-        ]
+        runs[case] = gang.run(worker_case, num_parts, root, algorithm, state, (DROPOUT,), way)[0][DROPOUT]
     for name in ZOO:
-        alone = runs[1, "metis"][name]
+        alone = runs[1, "metis", "edge_index"][name]
         assert error(alone.losses, expected[SGD][name].losses[: DROPOUT.steps]) > 1e-3, (
             "dropout does something"
         )

@@ -136,13 +136,13 @@ def traffic(worker: Worker, seed: int, width: int) -> None:
     s = scenario(worker, seed, 40, (width,), canonical=True)
     route = Route.from_raw_ids(s.src, s.dst)
     sent: list[tuple[Tensor, list[int]]] = []
-    real = dist.all_to_all_single
+    real = exchange.all_to_all
 
     def spy(out: Tensor, rows: Tensor, recv: list[int], send: list[int], **kwargs: Any) -> Any:
         sent.append((rows.clone(), send))
         return real(out, rows, recv, send, **kwargs)
 
-    dist.all_to_all_single = spy
+    exchange.all_to_all = spy
     try:
         for dtype in (torch.float64, torch.bfloat16):
             sent.clear()
@@ -159,7 +159,7 @@ def traffic(worker: Worker, seed: int, width: int) -> None:
                 n > 0 for n in splits
             )
     finally:
-        dist.all_to_all_single = real
+        exchange.all_to_all = real
 
 
 def test_only_what_is_announced_travels(gang: Gang, world_size: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from partpar.kernels import counter
+from partpar.nn.recompute import step_of
 from partpar.nn.rows import check_owned_first
 from partpar.route import Route
 
@@ -87,10 +88,16 @@ class Dropout(torch.nn.Module):
 
     def _drop(self, x: Tensor, ids: Tensor) -> Tensor:
         columns = x.shape[1:].numel()
-        dropped = counter.below(self.p, self.seed, int(self.step), self.layer, ids.to(x.device), columns)
-        self.step += 1
+        dropped = counter.below(
+            self.p, self.seed, step_of(self._advance), self.layer, ids.to(x.device), columns
+        )
         scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
         return torch.where(dropped.view(x.shape), 0.0, x * scale)
+
+    def _advance(self) -> int:
+        step = int(self.step)
+        self.step += 1
+        return step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "step" not in state_dict and "step" not in self._non_persistent_buffers_set:

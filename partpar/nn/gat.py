@@ -10,8 +10,12 @@ from torch import Tensor
 from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 from torch_geometric.utils import add_self_loops, remove_self_loops, softmax
 
+from partpar.kernels.adjacency import Adjacency
+from partpar.kernels.aggregate import aggregate_gat
 from partpar.nn.dropout import Dropout
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, with_halo
+from partpar.nn.neighbourhood import edge_index_of, with_self_loops
+from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, through
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 Attention = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -67,8 +71,8 @@ class GATConv(pyg_nn.GATConv):
 
     def forward(
         self,
-        x: Tensor,
-        edge_index: Tensor,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_attr: Tensor | None = None,
         return_attention_weights: bool | None = None,
@@ -76,27 +80,59 @@ class GATConv(pyg_nn.GATConv):
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_attr (torch.Tensor, optional): A row for each edge.
             return_attention_weights (bool, optional): Whether to return the edges and their weights too.
         """
-        check_edges(self, x, edge_index, edge_attr=edge_attr)
+        check_edges(self, x, edge_index, route, edge_attr=edge_attr)
         check_owned_first(self, route)
         heads = (-1, self.heads, self.out_channels)
         if self.lin is not None:
-            x_src = x_dst = self.lin(x).view(heads)
+            x_src, x_dst = (rows.view(heads) for rows in through(self.lin, x, route))
         else:
-            x_src, x_dst = self.lin_src(x).view(heads), self.lin_dst(x).view(heads)
-        x_src = with_halo(x_src, route)
+            x_src, x_dst = through(self.lin_src, x, route)[0].view(heads), self.lin_dst(owned(x)).view(heads)
         scores = ((x_src * self.att_src).sum(-1), (x_dst * self.att_dst).sum(-1))
 
+        if isinstance(edge_index, Adjacency):
+            if not return_attention_weights:
+                return self._by_kernel(owned(x), x_src, scores, edge_index, route, edge_attr)
+            edge_index = edge_index_of(edge_index)
+        x = owned(x)
         edge_index, edge_attr = _with_self_loops(self, edge_index, edge_attr, x.size(0))
         alpha = self.edge_updater(edge_index, alpha=scores, edge_attr=edge_attr)
         alpha = self.attention_dropout.drop_edges(alpha, edge_index, route)
         out = self.propagate(edge_index, x=(x_src, x_dst), alpha=alpha)
         return _finish(self, out, x, (edge_index, alpha) if return_attention_weights else None)
+
+    def _by_kernel(
+        self,
+        x: Tensor,
+        x_src: Tensor,
+        scores: tuple[Tensor, Tensor],
+        adj: Adjacency,
+        route: Route | None,
+        edge_attr: Tensor | None,
+    ) -> Tensor:
+        if self.add_self_loops:
+            looped = with_self_loops(adj)
+            if edge_attr is not None:
+                _, edge_attr = _with_self_loops(self, edge_index_of(adj), edge_attr, x.size(0))
+                assert looped.adj.edge_ids is not None
+                edge_attr = edge_attr[looped.adj.edge_ids] if edge_attr is not None else None
+            adj = looped.adj
+        a_edge = None
+        if edge_attr is not None and self.lin_edge is not None:
+            a_edge = (_edge_heads(self, edge_attr) * self.att_edge).sum(-1)
+        scale = None
+        if self.training and self.dropout > 0.0:
+            ones = x.new_ones(adj.num_edges, self.heads)
+            scale = self.attention_dropout.drop_edges(ones, edge_index_of(adj), route)
+        out = aggregate_gat(adj, x_src, scores[0], scores[1], a_edge, self.negative_slope, scale)
+        finished = _finish(self, out, x, None)
+        assert isinstance(finished, Tensor)
+        return finished
 
     def edge_update(
         self,
@@ -138,20 +174,23 @@ class GATv2Conv(pyg_nn.GATv2Conv):
 
     def forward(
         self,
-        x: Tensor,
-        edge_index: Tensor,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_attr: Tensor | None = None,
         return_attention_weights: bool | None = None,
     ) -> Tensor | Attention:
         r"""Runs the layer on owned rows; see :meth:`GATConv.forward`."""
-        check_edges(self, x, edge_index, edge_attr=edge_attr)
+        check_edges(self, x, edge_index, route, edge_attr=edge_attr)
         check_owned_first(self, route)
         heads = (-1, self.heads, self.out_channels)
-        x_l = self.lin_l(x).view(heads)
-        x_r = x_l if self.share_weights else self.lin_r(x).view(heads)
-        x_l = with_halo(x_l, route)
-
+        x_l, x_own = (rows.view(heads) for rows in through(self.lin_l, x, route))
+        x = owned(x)
+        x_r = x_own if self.share_weights else self.lin_r(x).view(heads)
+        if isinstance(
+            edge_index, Adjacency
+        ):  # its logits are no sum of two ends' scores: each edge makes its own
+            edge_index = edge_index_of(edge_index)
         edge_index, edge_attr = _with_self_loops(self, edge_index, edge_attr, x.size(0))
         alpha = self.edge_updater(edge_index, x=(x_l, x_r), edge_attr=edge_attr)
         alpha = self.attention_dropout.drop_edges(alpha, edge_index, route)

@@ -2,6 +2,7 @@ r"""Graph convolution whose degrees are those of the whole graph."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 from torch_geometric.typing import OptTensor
 from torch_geometric.utils import add_remaining_self_loops, scatter
 
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, with_halo
+from partpar.kernels.adjacency import Adjacency
+from partpar.nn.neighbour_sum import Edges
+from partpar.nn.neighbourhood import edge_index_of, kept, sum_neighbours, with_self_loops
+from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, through, with_halo
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 
@@ -52,6 +57,65 @@ def gcn_norm(
     return edge_index, with_halo(scale, route)[row] * edge_weight * scale[col]
 
 
+@dataclass(frozen=True, eq=False)
+class NormalisedSum:
+    r"""The product with the normalised adjacency matrix, ``scale * (A (scale * x))``.
+
+    Args:
+        adj: The edges, with self-loops.
+        weight: ``[E]``, or :obj:`None` for ones.
+        scale: ``[num_src]``, degrees to the power of -1/2; :obj:`None` for ones.
+    """
+
+    adj: Adjacency
+    weight: Tensor | None
+    scale: Tensor | None
+
+    def __call__(self, x: Tensor | SourceRows, route: Route | None) -> Tensor:
+        r"""``[num_owned, C]`` from owned rows (collective), or from rows that have their halo."""
+        if self.scale is None:
+            return sum_neighbours(self.adj, x, route, self.weight)
+        scale = self.scale.unsqueeze(1)
+        num_owned = self.adj.num_dst
+        if isinstance(x, SourceRows):
+            out = Edges(self.adj, self.weight).sum(x.rows * scale)
+        else:
+            out = sum_neighbours(self.adj, x * scale[:num_owned], route, self.weight)
+        return out * scale[:num_owned]
+
+
+def normalised_sum(
+    adj: Adjacency,
+    edge_weight: Tensor | None,
+    route: Route | None,
+    improved: bool,
+    add_self_loops: bool,
+    dtype: torch.dtype,
+) -> NormalisedSum:
+    r"""What :func:`gcn_norm` does, as constants of an adjacency (collective: halo degrees are fetched, once)."""
+    weight = None if edge_weight is None else edge_weight.to(dtype)
+    if weight is not None and adj.edge_ids is not None:
+        weight = weight[adj.edge_ids]
+    if add_self_loops:
+        fill = 2.0 if improved else 1.0
+        looped = with_self_loops(adj)
+        if weight is not None or improved:
+            given = torch.ones(adj.num_edges, dtype=dtype, device=adj.device) if weight is None else weight
+            of_loops = given.new_full((adj.num_dst,), fill)
+            of_loops[adj.indices[~looped.stays].long()] = given[~looped.stays]  # a loop keeps its own weight
+            weight = looped.per_edge(given, of_loops)
+        adj = looped.adj
+    if weight is None:
+        degree = adj.degrees.to(dtype)
+    else:
+        degree = torch.zeros(adj.num_dst, dtype=dtype, device=adj.device).index_add_(
+            0, adj.destinations, weight
+        )
+    scale = degree.pow(-0.5)
+    scale = scale.masked_fill(scale == float("inf"), 0.0)
+    return NormalisedSum(adj, weight, with_halo(scale, route))
+
+
 class GCNConv(pyg_nn.GCNConv):
     r"""The graph convolution of `"Semi-supervised Classification with Graph Convolutional Networks"
     <https://arxiv.org/abs/1609.02907>`_, partition-parallel.
@@ -81,29 +145,78 @@ class GCNConv(pyg_nn.GCNConv):
         check_flow(self, self.flow)
 
     def forward(
-        self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_weight: Tensor | None = None
+        self,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
+        route: Route | None = None,
+        edge_weight: Tensor | None = None,
     ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_weight (torch.Tensor, optional): A weight for each edge.
         """
-        check_edges(self, x, edge_index, edge_weight=edge_weight)
+        check_edges(self, x, edge_index, route, edge_weight=edge_weight)
+        if isinstance(edge_index, Adjacency):
+            if edge_weight is None or not edge_weight.requires_grad:
+                return self._by_kernel(x, edge_index, route, edge_weight)
+            edge_index = edge_index_of(edge_index)
         if self.normalize:
             normalised = self._cached_edge_index
             if normalised is None:
                 if self.add_self_loops:
                     check_owned_first(self, route)
-                num_nodes = x.size(0) if route is None else route.num_owned
+                rows = owned(x)
                 normalised = gcn_norm(
-                    edge_index, edge_weight, num_nodes, route, self.improved, self.add_self_loops, x.dtype
+                    edge_index,
+                    edge_weight,
+                    rows.size(0),
+                    route,
+                    self.improved,
+                    self.add_self_loops,
+                    rows.dtype,
                 )
                 if self.cached:
                     self._cached_edge_index = normalised
             edge_index, edge_weight = normalised
-        x = self.lin(x)
-        out: Tensor = self.propagate(edge_index, x=(with_halo(x, route), x), edge_weight=edge_weight)
+        out: Tensor = self.propagate(edge_index, x=through(self.lin, x, route), edge_weight=edge_weight)
         return out if self.bias is None else out + self.bias
+
+    def _by_kernel(
+        self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None
+    ) -> Tensor:
+        """Linear map and sum commute: the narrower side of the map is summed, and travels."""
+        dtype = owned(x).dtype
+        norm = self._norm(adj, route, edge_weight, dtype)
+        if isinstance(x, SourceRows):
+            # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
+            if self.in_channels <= 2 * self.out_channels:
+                out = self.lin(x.keep(norm, lambda: norm(x, None)))
+            else:
+                out = norm(SourceRows(self.lin(x.rows), x.num_owned), None)
+        elif self.in_channels < self.out_channels:
+            out = self.lin(norm(x, route))
+        else:
+            out = norm(self.lin(x), route)
+        return out if self.bias is None else out + self.bias
+
+    def _norm(
+        self, adj: Adjacency, route: Route | None, edge_weight: Tensor | None, dtype: torch.dtype
+    ) -> NormalisedSum:
+        if not self.normalize:
+            return NormalisedSum(adj, edge_weight, None)
+        weight = None if edge_weight is None else (id(edge_weight), edge_weight._version)
+        name = ("gcn norm", weight, self.improved, self.add_self_loops, dtype)
+
+        def build() -> tuple[Tensor | None, NormalisedSum]:
+            return edge_weight, normalised_sum(
+                adj, edge_weight, route, self.improved, self.add_self_loops, dtype
+            )
+
+        norm: NormalisedSum = kept(adj, route, name, build)[
+            1
+        ]  # with the weight, so that its id stays its own
+        return norm

@@ -10,8 +10,11 @@ import torch_geometric.nn as pyg_nn
 from torch import Tensor
 from torch_geometric.typing import OptPairTensor, OptTensor
 
+from partpar.kernels.adjacency import Adjacency
 from partpar.nn import rows
-from partpar.nn.rows import check_edges, check_flow, with_halo
+from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
+from partpar.nn.rows import check_edges, check_flow, owned, with_halo
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 
@@ -45,17 +48,22 @@ class GINConv(pyg_nn.GINConv):
         super().__init__(nn, eps, train_eps, **kwargs)
         check_flow(self, self.flow)
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | SourceRows, edge_index: Tensor | Adjacency, route: Route | None = None
+    ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
-        check_edges(self, x, edge_index)
-        out = self.propagate(edge_index, x=(with_halo(x, route), x))
-        return rows.call(self.nn, out + (1 + self.eps) * x, route)
+        check_edges(self, x, edge_index, route)
+        if isinstance(edge_index, Adjacency):
+            out = sum_neighbours(edge_index, x, route)
+        else:
+            out = self.propagate(edge_index, x=(with_halo(x, route), owned(x)))
+        return rows.call(self.nn, out + (1 + self.eps) * owned(x), route)
 
 
 class GINEConv(pyg_nn.GINEConv):
@@ -93,13 +101,17 @@ class GINEConv(pyg_nn.GINEConv):
         check_flow(self, self.flow)
 
     def forward(
-        self, x: Tensor, edge_index: Tensor, route: Route | None = None, edge_attr: Tensor | None = None
+        self,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
+        route: Route | None = None,
+        edge_attr: Tensor | None = None,
     ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_attr (torch.Tensor): A row for each edge.
         """
@@ -107,6 +119,8 @@ class GINEConv(pyg_nn.GINEConv):
             raise ValueError(
                 "GINEConv: expected edge_attr, found None; use GINConv for a graph without edge attributes"
             )
-        check_edges(self, x, edge_index, edge_attr=edge_attr)
-        out = self.propagate(edge_index, x=(with_halo(x, route), x), edge_attr=edge_attr)
-        return rows.call(self.nn, out + (1 + self.eps) * x, route)
+        check_edges(self, x, edge_index, route, edge_attr=edge_attr)
+        if isinstance(edge_index, Adjacency):  # a message is no product: it must be made for each edge
+            edge_index = edge_index_of(edge_index)
+        out = self.propagate(edge_index, x=(with_halo(x, route), owned(x)), edge_attr=edge_attr)
+        return rows.call(self.nn, out + (1 + self.eps) * owned(x), route)

@@ -81,7 +81,9 @@ class NeighbourSum:
         return [n * width * size for n in self.blocks.send_splits]
 
 
-def plan_sum(adj: Adjacency, route: Route, weight: Tensor | None = None, partial: bool = True) -> NeighbourSum:
+def plan_sum(
+    adj: Adjacency, route: Route, weight: Tensor | None = None, partial: bool = True
+) -> NeighbourSum:
     r"""Plans sums over the in-edges of a share (collective).
 
     Args:
@@ -143,13 +145,17 @@ def _with_partial_sums(own: Edges, halo: Edges, route: Route) -> NeighbourSum:
     kept_source = source[stays] - starts[peer[stays]] + slot_starts[peer[stays]]
     of_slot = pair // max(route.num_owned, 1)
     is_sum = fewer[of_slot]
-    sum_source = (torch.arange(pair.numel(), device=device) - (sums.cumsum(0) - sums)[of_slot] + slot_starts[of_slot])[is_sum]
+    sum_source = (
+        torch.arange(pair.numel(), device=device) - (sums.cumsum(0) - sums)[of_slot] + slot_starts[of_slot]
+    )[is_sum]
     sum_target = (pair % max(route.num_owned, 1))[is_sum]
     edge_index = torch.stack([torch.cat([kept_source, sum_source]), torch.cat([target[stays], sum_target])])
     merged = Adjacency.from_edge_index(edge_index, int(recv_splits.sum()), route.num_owned)
     halo_weight = None
     if halo.weight is not None:
-        halo_weight = torch.cat([halo.weight[stays], halo.weight.new_ones(int(is_sum.sum()))])[merged.edge_ids]
+        halo_weight = torch.cat([halo.weight[stays], halo.weight.new_ones(int(is_sum.sum()))])[
+            merged.edge_ids
+        ]
 
     send, send_splits = _sender(route, orders, order_splits, weights, heard)
     blocks = Blocks(send_splits, tuple(recv_splits.tolist()), route.group)
@@ -170,7 +176,11 @@ def _sender(
     for rank, (block, order, weight) in enumerate(zip(blocks, orders_of, weights_of, strict=True)):
         is_sum, num_sums = heard[rank].tolist()
         if is_sum:
-            if order.numel() and not (0 <= int(order.min()) and int(order[:, 0].max()) < block.numel() and int(order[:, 1].max()) < num_sums):
+            if order.numel() and not (
+                int(order.min()) >= 0
+                and int(order[:, 0].max()) < block.numel()
+                and int(order[:, 1].max()) < num_sums
+            ):
                 raise RouteError(f"plan_sum: rank {rank} asked for sums of rows that it has no route for")
             sources.append(block[order[:, 0]])
             targets.append(order[:, 1] + first)
@@ -183,6 +193,8 @@ def _sender(
             values.append(weight if is_sum else weight.new_ones(num_slots))
         send_splits.append(num_slots)
         first += num_slots
-    adj = Adjacency.from_edge_index(torch.stack([torch.cat(sources), torch.cat(targets)]), route.num_owned, first)
+    adj = Adjacency.from_edge_index(
+        torch.stack([torch.cat(sources), torch.cat(targets)]), route.num_owned, first
+    )
     value = None if weights is None else torch.cat(values)[adj.edge_ids]
     return Edges(adj, value), tuple(send_splits)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partpar import exchange
 from partpar.nn import rows
+from partpar.nn.recompute import recomputing
 from partpar.route import Route
 
 
@@ -46,6 +47,9 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
             )
         over_rows = self.training or (self.running_mean is None and self.running_var is None)
         if route is None or route.group is None or not over_rows:
+            if over_rows and recomputing():  # as before, but running statistics have been updated already
+                mean, var = (s if s is None else s.clone() for s in (self.running_mean, self.running_var))
+                return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
             return super().forward(input)
 
         # Each rank's rows about their own mean, then the means of all ranks about theirs: numbers stay small.
@@ -77,7 +81,7 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if not self.training or self.running_mean is None or self.running_var is None:
+        if not self.training or self.running_mean is None or self.running_var is None or recomputing():
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

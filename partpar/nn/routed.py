@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, refuse_over_all_rows, with_halo
+from partpar.kernels.adjacency import Adjacency
+from partpar.nn.matrix import AdjacencyMatrix
+from partpar.nn.neighbourhood import edge_index_of
+from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, refuse_over_all_rows, with_halo
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 
@@ -59,18 +63,29 @@ class RoutedConv(torch.nn.Module):
         r"""Resets all learnable parameters of the convolution."""
         self.conv.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
+        route: Route | None = None,
+        **kwargs: Any,
+    ) -> Any:
         r"""Runs the convolution on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything. **kwargs
             (optional): What else the convolution takes, such as :obj:`edge_attr` in the order of edges.
         """
-        check_edges(self, x, edge_index)
+        check_edges(self, x, edge_index, route)
         check_owned_first(self, route)
-        return self.conv((with_halo(x, route), x), edge_index, **kwargs)
+        if isinstance(edge_index, Adjacency):
+            if getattr(self.conv, "fuse", False) and not kwargs:
+                edge_index = AdjacencyMatrix(edge_index, owned(x).dtype)
+            else:
+                edge_index = edge_index_of(edge_index)
+        return self.conv((with_halo(x, route), owned(x)), edge_index, **kwargs)
 
 
 _ROUTED_THEMSELVES = {"GCNConv", "SAGEConv", "GATConv", "GATv2Conv", "GINConv", "GINEConv"}

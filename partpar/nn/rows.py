@@ -8,6 +8,7 @@ would give different numbers for different partitions, and is refused here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ import torch_geometric.nn as pyg_nn
 from torch import Tensor
 
 from partpar.errors import RouteError
+from partpar.kernels.adjacency import Adjacency
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 # Their statistics run over all rows that they are given.
@@ -88,37 +91,75 @@ def refuse_over_all_rows(module: object, where: str) -> None:
         )
 
 
-def with_halo(x: Tensor, route: Route | None) -> Tensor:
+def with_halo(x: Tensor | SourceRows, route: Route | None) -> Tensor:
     r"""``[num_owned, *]`` to ``[num_src, *]``; without a route all rows are owned."""
+    if isinstance(x, SourceRows):
+        return x.rows
     return x if route is None else route.apply(x)
 
 
-def check_edges(layer: object, x: Tensor, edge_index: Tensor, **per_edge: Tensor | None) -> None:
-    r"""Refuses, before any exchange, edges that do not fit.
+def owned(x: Tensor | SourceRows) -> Tensor:
+    r"""``[num_owned, *]``."""
+    return x.owned if isinstance(x, SourceRows) else x
+
+
+def through(
+    row_wise: Callable[[Tensor], Tensor], x: Tensor | SourceRows, route: Route | None
+) -> tuple[Tensor, Tensor]:
+    r"""``(sources, destinations)`` after a map of each row, which is applied before rows travel."""
+    if isinstance(x, SourceRows):
+        sources = row_wise(x.rows)
+        return sources, sources[: x.num_owned]
+    rows = row_wise(x)
+    return with_halo(rows, route), rows
+
+
+def check_edges(
+    layer: object,
+    x: Tensor | SourceRows,
+    edge_index: Tensor | Adjacency,
+    route: Route | None = None,
+    **per_edge: Tensor | None,
+) -> None:
+    r"""Refuses, before any exchange, rows and edges that do not fit.
 
     Raises:
-        ValueError: :obj:`x` is a pair, :obj:`edge_index` is not a dense ``[2, E]`` or an edge attribute has
-            another number of rows.
+        ValueError: :obj:`x` is a pair, :obj:`edge_index` is neither the share's adjacency nor a dense ``[2, E]``,
+            or an edge attribute has another number of rows.
     """
     name = type(layer).__name__
+    x = owned(x)
     if not isinstance(x, Tensor) or x.dim() != 2:
         found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise RouteError(
             f"{name}: expected x to be the [num_owned, channels] rows of the owned nodes, found {found}; the "
             f"route fetches the halo"
         )
+    if isinstance(edge_index, Adjacency):
+        num_src = x.size(0) if route is None else route.num_src
+        if edge_index.num_dst != x.size(0) or edge_index.num_src != num_src:
+            raise RouteError(
+                f"{name}: expected the adjacency of {x.size(0)} owned nodes and {num_src} sources, found one of "
+                f"{edge_index.num_dst} and {edge_index.num_src}; pass share.adj() of the share whose rows and route these are"
+            )
+        _check_per_edge(name, edge_index.num_edges, per_edge)
+        return
     if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided:
         kind = edge_index.layout if isinstance(edge_index, Tensor) else type(edge_index).__name__
         raise RouteError(
-            f"{name}: expected edge_index as a dense [2, E] tensor, found {kind}; pass share.edge_index()"
+            f"{name}: expected edge_index as a dense [2, E] tensor or an adjacency, found {kind}; "
+            f"pass share.edge_index() or share.adj()"
         )
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise RouteError(f"{name}: expected edge_index of shape (2, E), found {tuple(edge_index.shape)}")
+    _check_per_edge(name, edge_index.size(1), per_edge)
+
+
+def _check_per_edge(name: str, num_edges: int, per_edge: Mapping[str, Tensor | None]) -> None:
     for what, rows in per_edge.items():
-        if rows is not None and rows.size(0) != edge_index.size(1):
+        if rows is not None and rows.size(0) != num_edges:
             raise RouteError(
-                f"{name}: expected {what} to have a row for each of the {edge_index.size(1)} edges, found "
-                f"shape {tuple(rows.shape)}"
+                f"{name}: expected {what} to have a row for each of the {num_edges} edges, found shape {tuple(rows.shape)}"
             )
 
 

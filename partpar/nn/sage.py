@@ -9,7 +9,11 @@ import torch_geometric.nn as pyg_nn
 from torch import Tensor
 from torch_geometric.typing import OptPairTensor
 
-from partpar.nn.rows import check_edges, check_flow, with_halo
+from partpar.kernels.adjacency import Adjacency
+from partpar.kernels.aggregate import aggregate_max, aggregate_min
+from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
+from partpar.nn.rows import check_edges, check_flow, owned, with_halo
+from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 
@@ -47,17 +51,63 @@ class SAGEConv(pyg_nn.SAGEConv):
                 "fails on a worker without edges; use 'mean', 'max' or another"
             )
 
-    def forward(self, x: Tensor, edge_index: Tensor, route: Route | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | SourceRows, edge_index: Tensor | Adjacency, route: Route | None = None
+    ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor): The rows of the owned nodes.
-            edge_index (torch.Tensor): The share's edges.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
-        check_edges(self, x, edge_index)
-        sources = self.lin(x).relu() if self.project else x
-        out = self.lin_l(self.propagate(edge_index, x=(with_halo(sources, route), x)))
+        check_edges(self, x, edge_index, route)
+        sources = x
+        if self.project:  # rows of its own are projected before they travel
+            sources = (
+                SourceRows(self._project(x.rows), x.num_owned)
+                if isinstance(x, SourceRows)
+                else self._project(x)
+            )
+        if isinstance(edge_index, Adjacency):
+            out = self._by_kernel(sources, edge_index, route)
+        else:
+            out = self.lin_l(self.propagate(edge_index, x=(with_halo(sources, route), owned(x))))
         if self.root_weight:
-            out = out + self.lin_r(x)
+            out = out + self.lin_r(owned(x))
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+
+    def _project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.lin(x).relu()
+        return projected
+
+    def _by_kernel(self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None) -> Tensor:
+        """Aggregates and maps; a sum and a linear map commute, so the narrower side travels."""
+        kind = type(self.aggr_module)
+        if kind in (pyg_nn.MaxAggregation, pyg_nn.MinAggregation):
+            extreme = aggregate_max if kind is pyg_nn.MaxAggregation else aggregate_min
+            return self.lin_l(extreme(adj, with_halo(x, route)))
+        if kind not in (pyg_nn.MeanAggregation, pyg_nn.SumAggregation):
+            return self.lin_l(self.propagate(edge_index_of(adj), x=(with_halo(x, route), owned(x))))
+        count = (
+            adj.degrees.clamp(min=1).to(owned(x).dtype).unsqueeze(1)
+            if kind is pyg_nn.MeanAggregation
+            else None
+        )
+
+        def aggregate(rows: Tensor | SourceRows) -> Tensor:
+            out = sum_neighbours(adj, rows, route)
+            return out if count is None else out / count
+
+        width = owned(x).size(1)
+        constant = isinstance(x, SourceRows) and not x.rows.requires_grad
+        if self.out_channels >= width or (constant and width <= 2 * self.out_channels):
+            if isinstance(x, SourceRows) and constant:
+                return self.lin_l(x.keep((kind, id(adj)), lambda: aggregate(x)))
+            return self.lin_l(aggregate(x))
+        weight, bias = self.lin_l.weight, self.lin_l.bias
+        if isinstance(x, SourceRows):
+            out = aggregate(SourceRows(F.linear(x.rows, weight), x.num_owned))
+        else:
+            out = aggregate(F.linear(x, weight))
+        return out if bias is None else out + bias
