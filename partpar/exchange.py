@@ -85,6 +85,11 @@ def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
     return own
 
 
+def forget_groups() -> None:
+    r"""Lets go of the groups made here, before the process group that they stand beside is ended."""
+    _own_groups.clear()
+
+
 def _timeout(group: ProcessGroup) -> timedelta:
     """The timeout of a group: ``new_group`` would otherwise fall back to half an hour."""
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
@@ -271,9 +276,7 @@ def send_rows(
     wire = wire.to(_wire_device(group))
     if wire.dtype != out.dtype or wire.device != out.device or not out.is_contiguous():
         landing = wire.new_empty((sum(recv_splits), *wire.shape[1:]))
-    work = all_to_all(
-        landing, wire, list(recv_splits), list(send_splits), group=group, async_op=True
-    )
+    work = all_to_all(landing, wire, list(recv_splits), list(send_splits), group=group, async_op=True)
     rank = dist.get_rank(group)
     sent = [n for peer, n in enumerate(send_splits) if peer != rank]
     meter.bytes_sent += sum(sent) * wire.shape[1:].numel() * wire.element_size()

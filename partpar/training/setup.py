@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from partpar.errors import PartparError
 from partpar.training.machine import threads_per_worker, tune_allocator
+from partpar.training.together import forget_groups
 
 LOOPBACK = "127.0.0.1"
 NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
@@ -89,6 +90,7 @@ class Context:
     def close(self) -> None:
         r"""Ends the process group, if :func:`init` began it. May be called again."""
         if self.owns_group and dist.is_initialized():
+            forget_groups()
             dist.destroy_process_group()
 
     def __enter__(self) -> Context:

@@ -72,6 +72,13 @@ def _patient_group(own: ProcessGroup) -> ProcessGroup:
     return _patient_groups[own]
 
 
+def forget_groups() -> None:
+    r"""Lets go of the groups made here and in :mod:`partpar.exchange`. Their threads would otherwise still run when the
+    interpreter ends, which may abort the process."""
+    _patient_groups.clear()
+    exchange.forget_groups()
+
+
 def _broadcast_text(message: dict[str, Any] | None, group: ProcessGroup) -> dict[str, Any]:
     r"""Sends JSON from the group's rank 0: objects would travel as pickles."""
     payload = b"" if message is None else json.dumps(message).encode()
