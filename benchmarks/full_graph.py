@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 import torch_geometric.nn as pyg_nn
-from contenders import model_arguments
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
-from targets import Claim, claims, ratios
+from support.contenders import model_arguments
+from support.targets import Claim, claims, ratios
 
 from partpar import GraphData
 from partpar.datasets import planted
@@ -64,14 +64,17 @@ CONTENDERS = (
     Contender("partpar 1 x 2", "partpar", tuned=True),
     Contender("partpar 2 x 1", "partpar", ranks=2, threads=1, tuned=True),
     Contender("partpar 4 x 1", "partpar", ranks=4, threads=1, tuned=True),
-    Contender("partpar 2 x 1, features sent", "partpar", 2, 1, tuned=True, keep_halo=False, models=("gcn", "sage")),
+    Contender(
+        "partpar 2 x 1, features sent", "partpar", 2, 1, tuned=True, keep_halo=False, models=("gcn", "sage")
+    ),
     Contender("partpar 2 x 1, recompute", "partpar", 2, 1, tuned=True, recompute=True, models=("gcn",)),
 )
 
 
-def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+def prepare(args: argparse.Namespace, parts: tuple[int, ...] = (1, 2, 4)) -> tuple[Path, dict[str, Any]]:
     r"""Generates the graph, cuts it and draws first weights; kept in a folder for the next time."""
-    key = f"{args.nodes}_{args.edges}_{args.features}_{args.communities}_{args.mixing}"
+    sizes = (args.nodes, args.edges, args.features, args.hidden, args.communities, args.mixing, *parts)
+    key = "_".join(map(str, sizes))
     folder = args.folder / f"partpar_full_graph_{key}"
     facts = folder / "facts.json"
     if facts.exists():
@@ -83,16 +86,19 @@ def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         num_communities=args.communities,
     )  # fmt: skip
     edges = data.edge_index.flip(0).contiguous()  # sorted by destination, as PyG likes it
-    save_file({"x": data.x, "y": data.y, "train_mask": data.train_mask, "edge_index": edges}, folder / "graph.safetensors")
+    save_file(
+        {"x": data.x, "y": data.y, "train_mask": data.train_mask, "edge_index": edges},
+        folder / "graph.safetensors",
+    )
     graph = GraphData.from_pyg_data(data)
     reports = {}
-    for parts in sorted({c.ranks for c in CONTENDERS}):
-        path = graph.partition_graph(folder, parts, overwrite=True)
+    for count in parts:
+        path = graph.partition_graph(folder, count, overwrite=True)
         report = json.loads((path / "manifest.json").read_text())["report"]
-        reports[parts] = {key: report[key] for key in ("edge_cut", "halo_share")}
+        reports[count] = {key: report[key] for key in ("edge_cut", "halo_share")}
     for model in ("gcn", "sage", "gat"):
         torch.manual_seed(0)
-        name, arguments = model_arguments(model, args.features, CLASSES)
+        name, arguments = model_arguments(model, args.features, args.hidden, CLASSES)
         save_file(getattr(pyg_nn, name)(**arguments).state_dict(), folder / f"{model}.safetensors")
     degrees = edges[1].bincount(minlength=args.nodes)
     told = {
@@ -104,32 +110,39 @@ def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
 
 
 def free_port() -> int:
+    r"""A TCP port of this machine that nobody listens at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def run(contender: Contender, model: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(
+    contender: Contender, model: str, folder: Path, args: argparse.Namespace, **more: Any
+) -> list[dict[str, Any]]:
     r"""Runs one contender in fresh processes; returns each rank's result."""
     slow = contender.name == "PyG edge_index"
+    case = {
+        "who": contender.who, "threads": contender.threads, "edges": contender.edges, "tuned": contender.tuned,
+        "keep_halo": contender.keep_halo, "recompute": contender.recompute, "model": model, "classes": CLASSES,
+        "hidden": args.hidden, "folder": str(folder), "warm": 1 if slow else 3,
+        "epochs": max(2, args.epochs // 3) if slow else args.epochs, **more,
+    }  # fmt: skip
+    return launch("contenders.py", case, contender.ranks, contender.threads)
+
+
+def launch(script: str, case: dict[str, Any], num_ranks: int, threads: int) -> list[dict[str, Any]]:
+    r"""Runs a script of this folder as so many ranks; returns what each wrote."""
     with tempfile.TemporaryDirectory() as results:
-        case = {
-            "who": contender.who, "threads": contender.threads, "edges": contender.edges, "tuned": contender.tuned,
-            "keep_halo": contender.keep_halo, "recompute": contender.recompute, "model": model, "classes": CLASSES,
-            "folder": str(folder), "results": results, "warm": 1 if slow else 3,
-            "epochs": max(2, args.epochs // 3) if slow else args.epochs,
-        }  # fmt: skip
-        shared = {**os.environ, "OMP_NUM_THREADS": str(contender.threads), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(HERE / "contenders.py"), json.dumps(case)]
+        shared = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(HERE / "support" / script), json.dumps(case | {"results": results})]
         port = str(free_port())
         ranks = []
-        for rank in range(contender.ranks):
-            launched = {"RANK": str(rank), "WORLD_SIZE": str(contender.ranks), "MASTER_PORT": port}
-            env = shared if contender.ranks == 1 else shared | launched
-            ranks.append(subprocess.Popen(command, env=env))
-        if any([rank.wait() for rank in ranks]):
-            raise RuntimeError(f"{contender.name}, {model}: a process failed, see above")
-        return [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(contender.ranks)]
+        for rank in range(num_ranks):
+            launched = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
+            ranks.append(subprocess.Popen(command, env=shared if num_ranks == 1 else shared | launched))
+        if any(list(map(subprocess.Popen.wait, ranks))):
+            raise RuntimeError(f"{script}: a process failed, see above; the case was {case}")
+        return [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
 def summarise(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -164,7 +177,14 @@ def agree(results: dict[str, dict[str, Any]], model: str) -> float:
 
 def kernels(args: argparse.Namespace) -> dict[str, float]:
     r"""The aggregation kernels against the bound of memory, by ``aggregate.py``."""
-    sizes = ["--destinations", str(args.nodes), "--sources", str(args.nodes * 5 // 4), "--edges", str(args.edges)]
+    sizes = [
+        "--destinations",
+        str(args.nodes),
+        "--sources",
+        str(args.nodes * 5 // 4),
+        "--edges",
+        str(args.edges),
+    ]
     few = ["--pyg-edges", str(args.edges // 40), "--rounds", str(args.kernel_rounds)]
     command = [sys.executable, str(HERE / "aggregate.py"), *sizes, *few]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -197,7 +217,11 @@ def table_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def rst(tables: dict[str, list[list[str]]], facts: dict[str, Any], held: list[Claim]) -> str:
     r"""The page of the documentation."""
-    cut = ", ".join(f"{parts} parts {c['edge_cut']:.1%} of the edges" for parts, c in facts["cut"].items() if int(parts) > 1)
+    cut = ", ".join(
+        f"{parts} parts {c['edge_cut']:.1%} of the edges"
+        for parts, c in facts["cut"].items()
+        if int(parts) > 1
+    )
     lines = [
         "Training on the full graph", "==========================", "",
         f"Written by ``benchmarks/full_graph.py`` on {os.cpu_count()} cores, torch {torch.__version__}. The graph: {facts['nodes']:,} nodes,",
@@ -216,24 +240,33 @@ def rst(tables: dict[str, list[list[str]]], facts: dict[str, Any], held: list[Cl
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    r"""The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", type=int, default=200_000)
     parser.add_argument("--edges", type=int, default=4_000_000)
     parser.add_argument("--features", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--communities", type=int, default=128)
     parser.add_argument("--mixing", type=float, default=0.03, help="share of edges that ignore communities")
     parser.add_argument("--models", nargs="+", default=["gcn", "sage", "gat"], choices=["gcn", "sage", "gat"])
     parser.add_argument("--only", help="only contenders with this in their names, and PyG edge_index")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6, help="timed epochs of each round; a third for PyG edge_index")
+    parser.add_argument(
+        "--epochs", type=int, default=6, help="timed epochs of each round; a third for PyG edge_index"
+    )
     parser.add_argument("--kernel-rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the cut graph is kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the cut graph is kept"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--rst", type=Path, help="write the page of the documentation")
     return parser.parse_args()
 
 
 def main() -> None:
+    r"""Runs the benchmark."""
     args = parse()
     console = Console(stderr=True)
     folder, facts = prepare(args)
@@ -258,7 +291,9 @@ def main() -> None:
             table.add_row(*row)
         console.print(table)
     for claim in held:
-        console.print(f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}: {claim.found:.3f}", highlight=False)
+        console.print(
+            f"{'PASS' if claim.holds else 'FAIL'}  {claim.text}: {claim.found:.3f}", highlight=False
+        )
     if args.rst:
         args.rst.write_text(rst(tables, facts, held))
     whole = told | {"graph": facts, "largest_loss_difference": differences, "cases": results}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from partpar.cli.cost import add_cost_arguments, cost_of
 from partpar.cli.report import print_report
 from partpar.errors import MissingPartitionError
 from partpar.partition import Manifest, read_manifest
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw balance and traffic of one (needs matplotlib)"
     )
+    add_cost_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -36,12 +38,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
             f"{args.folder}: expected one partition to plot, found {names}; name one of them"
         )
     for folder, manifest in found.items():
+        table, cost = cost_of(manifest, args) if args.predict else (None, {})
         if args.json:
             known = {
                 name: getattr(manifest, name) for name in ("run_id", "algorithm", "num_parts", "arguments")
             }
-            print(json.dumps({"folder": str(folder), **known, "report": manifest.report}, default=str))
+            whole = {"folder": str(folder), **known, "report": manifest.report}
+            print(json.dumps(whole | ({"prediction": cost} if args.predict else {}), default=str))
         print_report(console, folder, manifest, args.plot, quiet=args.json)
+        if table is not None and not args.json:
+            console.print(table)
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +24,7 @@ from partpar.training.together import forget_groups
 
 LOOPBACK = "127.0.0.1"
 NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
+_LAST_WORK = 0.1  # seconds that threads of a group get to drop what they hold
 
 
 class SetupError(PartparError, ValueError):
@@ -92,6 +94,9 @@ class Context:
         if self.owns_group and dist.is_initialized():
             forget_groups()
             dist.destroy_process_group()
+            # A DistributedDataParallel outlives this call: at exit it is freed under the interpreter's lock and waits
+            # for gloo's threads, one of which may wait for that lock to drop its last finished work. Let it, now.
+            time.sleep(_LAST_WORK)
 
     def __enter__(self) -> Context:
         return self

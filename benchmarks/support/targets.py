@@ -53,12 +53,21 @@ def ratios(results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
 
 
 AT_MOST = {
-    "gcn_time_vs_pyg_edge_index": (1 / 9, "GCN, 2 ranks x 1 thread, take at most 1/9 of the time of PyG edge_index"),
+    "gcn_time_vs_pyg_edge_index": (
+        1 / 9,
+        "GCN, 2 ranks x 1 thread, take at most 1/9 of the time of PyG edge_index",
+    ),
     "gcn_time_vs_pyg_adj_t": (1 / 2.7, "GCN: at most 1/2.7 of the time of PyG adj_t"),
     "gcn_memory_vs_one_rank": (0.6, "GCN: peak memory of a rank of two at most 0.6 of one alone"),
     "gcn_memory_vs_pyg_edge_index": (0.2, "GCN: peak memory of a rank at most 0.2 of PyG edge_index"),
-    "sage_without_dense_time_vs_pyg_edge_index": (1 / 9, "GraphSAGE without dense layers: at most 1/9 of PyG edge_index"),
-    "sage_without_dense_time_vs_pyg_adj_t": (1 / 2.7, "GraphSAGE without dense layers: at most 1/2.7 of PyG adj_t"),
+    "sage_without_dense_time_vs_pyg_edge_index": (
+        1 / 9,
+        "GraphSAGE without dense layers: at most 1/9 of PyG edge_index",
+    ),
+    "sage_without_dense_time_vs_pyg_adj_t": (
+        1 / 2.7,
+        "GraphSAGE without dense layers: at most 1/2.7 of PyG adj_t",
+    ),
     "gat_time_vs_pyg": (1 / 4, "GAT: at most 1/4 of PyG's time"),
     "gat_memory_vs_pyg": (0.3, "GAT: at most 0.3 of PyG's memory"),
     "recompute_memory_ratio": (0.65, "GCN: recomputing leaves at most 0.65 of the peak memory"),
@@ -67,7 +76,10 @@ AT_MOST = {
     "max_vs_sum_2_threads": (3, "max takes at most 3 times as long as sum, 2 threads"),
 }
 AT_LEAST = {
-    "gcn_two_ranks_speed_vs_one_rank": (0.95, "GCN: 2 ranks x 1 thread at least 0.95 as fast as 1 rank x 2 threads"),
+    "gcn_two_ranks_speed_vs_one_rank": (
+        0.95,
+        "GCN: 2 ranks x 1 thread at least 0.95 as fast as 1 rank x 2 threads",
+    ),
     "sum_bound_share_1_thread": (0.65, "sum at least 0.65 of the bound of memory, 1 thread"),
     "sum_bound_share_2_threads": (0.65, "sum at least 0.65 of the bound of memory, 2 threads"),
     "weighted_bound_share_1_thread": (0.65, "weighted sum at least 0.65 of the bound of memory, 1 thread"),
@@ -77,5 +89,13 @@ AT_LEAST = {
 
 def claims(told: dict[str, float]) -> list[Claim]:
     r"""Every target whose figure was measured."""
-    most = [Claim(text, told[name], told[name] <= limit) for name, (limit, text) in AT_MOST.items() if name in told]
-    return most + [Claim(text, told[name], told[name] >= limit) for name, (limit, text) in AT_LEAST.items() if name in told]
+    most = [
+        Claim(text, told[name], told[name] <= limit)
+        for name, (limit, text) in AT_MOST.items()
+        if name in told
+    ]
+    return most + [
+        Claim(text, told[name], told[name] >= limit)
+        for name, (limit, text) in AT_LEAST.items()
+        if name in told
+    ]

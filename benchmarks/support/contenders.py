@@ -1,6 +1,6 @@
 r"""One contender of ``full_graph.py``, in processes of its own: trains some epochs and reports what they took.
 
-``python benchmarks/contenders.py CASE_JSON`` is one rank of a case and writes its result to a file of the case's folder.
+``python benchmarks/support/contenders.py CASE_JSON`` is one rank of a case and writes its result to a file of the case's folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch_geometric.nn as pyg_nn
 from safetensors.torch import load_file
 from torch import Tensor
 
-HIDDEN, HEADS = 128, 4
+HEADS = 4
 Result = dict[str, Any]
 
 
@@ -33,9 +33,11 @@ def memory(key: str) -> int:
 AFTER_IMPORTS = memory("VmRSS")  # torch and PyG are there, nothing else
 
 
-def model_arguments(model: str, num_features: int, num_classes: int) -> tuple[str, dict[str, Any]]:
+def model_arguments(
+    model: str, num_features: int, hidden: int, num_classes: int
+) -> tuple[str, dict[str, Any]]:
     r"""Class name and arguments, the same for PyG's model and ours."""
-    layers = {"in_channels": num_features, "hidden_channels": HIDDEN, "out_channels": num_classes}
+    layers = {"in_channels": num_features, "hidden_channels": hidden, "out_channels": num_classes}
     if model == "gat":
         return "GAT", layers | {"num_layers": 2, "heads": HEADS, "add_self_loops": False}
     return {"gcn": "GCN", "sage": "GraphSAGE"}[model], layers | {"num_layers": 3}
@@ -53,7 +55,7 @@ def pyg_epoch(case: dict[str, Any]) -> tuple[Callable[[], Tensor], torch.nn.Modu
         tune_allocator()
     graph = load_file(Path(case["folder"]) / "graph.safetensors")
     x, y, mask = graph["x"], graph["y"], graph["train_mask"]
-    name, arguments = model_arguments(case["model"], x.size(1), case["classes"])
+    name, arguments = model_arguments(case["model"], x.size(1), case["hidden"], case["classes"])
     edges = graph["edge_index"]
     if case["edges"] == "adj_t":
         weight = None
@@ -80,6 +82,7 @@ def to_adj_t(edge_index: Tensor, weight: Tensor | None, num_nodes: int) -> Tenso
 
 
 def training(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    r"""An epoch: forwards, backwards, Adam's step; returns the loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def epoch() -> Tensor:
@@ -99,6 +102,7 @@ def training(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[
 def partpar_epoch(case: dict[str, Any]) -> Iterator[tuple[Callable[[], Tensor], torch.nn.Module, int]]:
     r"""An epoch as our own user writes it."""
     import partpar.models
+
     from partpar import GraphData
     from partpar.nn import global_mean, keep_halo
     from partpar.training import init
@@ -109,7 +113,7 @@ def partpar_epoch(case: dict[str, Any]) -> Iterator[tuple[Callable[[], Tensor], 
         owned = share.node("dst")
         y, mask = owned["y"], owned["train_mask"]
         x = keep_halo(owned["x"], route) if case["keep_halo"] else owned["x"].clone()
-        name, arguments = model_arguments(case["model"], owned["x"].size(1), case["classes"])
+        name, arguments = model_arguments(case["model"], owned["x"].size(1), case["hidden"], case["classes"])
         if name == "GCN":
             arguments["cached"] = True
         if case["recompute"]:
@@ -128,7 +132,9 @@ def partpar_epoch(case: dict[str, Any]) -> Iterator[tuple[Callable[[], Tensor], 
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-def measure(epoch: Callable[[], Tensor], model: torch.nn.Module, num_rows: int, case: dict[str, Any]) -> Result:
+def measure(
+    epoch: Callable[[], Tensor], model: torch.nn.Module, num_rows: int, case: dict[str, Any]
+) -> Result:
     r"""Runs warm-up epochs and timed ones."""
     losses: list[float] = []
     seconds: list[float] = []
@@ -138,7 +144,7 @@ def measure(epoch: Callable[[], Tensor], model: torch.nn.Module, num_rows: int, 
         from partpar.exchange import meter
         from partpar.training.network import SimulatedNetwork
 
-        watch = SimulatedNetwork()
+        watch = SimulatedNetwork(case.get("gbit"), case.get("latency", 0.0))
         traffic = watch.traffic
         watch.__enter__()
     for number in range(case["warm"] + case["epochs"]):
@@ -173,7 +179,10 @@ def dense_seconds(model: torch.nn.Module, num_rows: int, epochs: int) -> float:
     inputs = [torch.randn(num_rows, m.in_channels, requires_grad=True) for m in linears]
     grads = {m.out_channels: torch.randn(num_rows, m.out_channels) for m in linears}
     # Nobody asks for the gradient of the first layer's input, the features.
-    wanted = [[*m.parameters(), *([] if i < 2 else [x])] for i, (m, x) in enumerate(zip(linears, inputs, strict=True))]
+    wanted = [
+        [*m.parameters(), *([] if i < 2 else [x])]
+        for i, (m, x) in enumerate(zip(linears, inputs, strict=True))
+    ]
     seconds = []
     for _ in range(epochs + 2):
         start = time.perf_counter()
@@ -184,6 +193,7 @@ def dense_seconds(model: torch.nn.Module, num_rows: int, epochs: int) -> float:
 
 
 def main() -> None:
+    r"""Runs one rank."""
     case = json.loads(sys.argv[1])
     if case["who"] == "pyg":
         result = measure(*pyg_epoch(case), case)
