@@ -11,12 +11,15 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from gang import Gang, Worker
 from graphs import directed_graph
-from shares import assignments, cut
+from shares import HandmadeShare, assignments, cut
 from torch import Tensor
 from torch.nn import Linear, ReLU, Sequential
+from torch_geometric.utils import spmm
 
-from partpar import Route, models, nn
-from partpar.errors import RouteError
+from partpar import Route, exchange, models, nn
+from partpar.errors import GraphError, RouteError
+from partpar.kernels.adjacency import Adjacency
+from partpar.nn.neighbour_sum import plan_sum
 
 ZOO: list[tuple[str, dict[str, Any], str]] = [
     ("GCN", {}, ""),
@@ -113,6 +116,10 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         lambda: pyg.GCNConv(8, 6, add_self_loops=False),
         "",
     ),
+    "GCN wide": (lambda: nn.GCNConv(8, 20), lambda: pyg.GCNConv(8, 20), ""),
+    "GCN narrow": (lambda: nn.GCNConv(8, 3), lambda: pyg.GCNConv(8, 3), "edge_weight"),
+    "SAGE narrow": (lambda: nn.SAGEConv(8, 3), lambda: pyg.SAGEConv(8, 3), ""),
+    "SAGE sum": (lambda: nn.SAGEConv(8, 5, aggr="sum"), lambda: pyg.SAGEConv(8, 5, aggr="sum"), ""),
     "SAGE": (lambda: nn.SAGEConv(8, 6), lambda: pyg.SAGEConv(8, 6), ""),
     "SAGE max": (
         lambda: nn.SAGEConv(8, 6, aggr="max", project=True),
@@ -170,11 +177,20 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
 }
 
 
-def layer_case(worker: Worker) -> dict[str, float]:
+WAYS = ("edge_index", "adj", "kept")  # messages; kernels; kernels with constant rows and edge attributes
+
+
+def edges_of(share: HandmadeShare, way: str) -> Tensor | Adjacency:
+    if way == "edge_index":
+        return share.edge_index
+    return Adjacency.from_edge_index(share.edge_index, share.route.num_src, share.route.num_owned)
+
+
+def layer_case(worker: Worker, way: str) -> dict[str, float]:
     r"""The largest error of outputs and gradients (rows, edge attributes, parameters) of every layer and
     partition."""
     data = directed_graph()
-    weight = torch.randn(data.num_nodes, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(data.num_nodes, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     errors = {}
     for kind, assignment in assignments(data.num_nodes, worker.world_size).items():
         share = cut(data, assignment, worker.rank, worker.group)
@@ -187,17 +203,26 @@ def layer_case(worker: Worker) -> dict[str, float]:
             x = data.x.clone().requires_grad_()
             x_own = share.node("x").requires_grad_()
             given, given_own = {}, {}
+            constant = way == "kept"
             if attribute:
                 keyword, stored = attribute.split("=")[0], attribute.split("=")[-1]
                 given[keyword] = data[stored].clone().requires_grad_()
-                given_own[keyword] = share.edge(stored).requires_grad_()
-            expected = theirs(x, data.edge_index, **given)
-            found = ours(x_own, share.edge_index, share.route, **given_own)
+                given_own[keyword] = share.edge(stored).requires_grad_(not constant)
+            if name == "user's" and way != "edge_index":
+                continue
+            edges = edges_of(share, way)
+            for _ in range(2):  # what was kept at the first call serves the second
+                expected = theirs(x, data.edge_index, **given)
+                rows = nn.keep_halo(x_own.detach(), share.route) if constant else x_own
+                found = ours(rows, edges, share.route, **given_own)
+            weight = weights[:, : expected.size(1)]
             (expected * weight).sum().backward()
             (found * weight[share.owned]).sum().backward()
 
-            pairs = [(found.detach(), expected[share.owned].detach()), (x_own.grad, x.grad[share.owned])]
-            pairs += [(given_own[a].grad, given[a].grad[share.edges]) for a in given]
+            pairs = [(found.detach(), expected[share.owned].detach())]
+            if not constant:
+                pairs += [(x_own.grad, x.grad[share.owned])]
+                pairs += [(given_own[a].grad, given[a].grad[share.edges]) for a in given]
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
                 assert a.grad is not None, "a worker without rows uses every parameter all the same"
                 torch.distributed.all_reduce(a.grad, group=worker.group)
@@ -210,11 +235,70 @@ def layer_case(worker: Worker) -> dict[str, float]:
     return errors
 
 
-def test_layers_on_several_workers(gang: Gang, world_size: int) -> None:
-    for rank, errors in enumerate(gang.run(layer_case, world_size)):
-        assert len(errors) == 3 * len(LAYERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_layers_on_several_workers(gang: Gang, world_size: int, way: str) -> None:
+    for rank, errors in enumerate(gang.run(layer_case, world_size, way)):
+        assert len(errors) == 3 * (len(LAYERS) - (way != "edge_index"))
         wrong = {name: error for name, error in errors.items() if not error < 1e-10}
         assert not wrong, f"rank {rank}: {wrong}"
+
+
+def traffic_case(worker: Worker) -> None:
+    r"""Rows that never change are not sent; a narrow layer sends its narrow side."""
+    data = directed_graph()
+    share = cut(data, assignments(60, worker.world_size)["even"], worker.rank, worker.group)
+    edges, route = edges_of(share, "adj"), share.route
+    rows = nn.keep_halo(share.node("x"), route)
+    wide = plan_sum(edges, route).bytes_per_peer(1, torch.float64)
+    for layer, x, width in (
+        (nn.GCNConv(8, 6), rows, 0),
+        (nn.GCNConv(8, 2), rows, 0),
+        (nn.SAGEConv(8, 6), rows, 0),
+        (nn.SAGEConv(8, 2), share.node("x"), 2),
+        (nn.SAGEConv(8, 20), share.node("x"), 8),
+    ):
+        layer.double()
+        layer(x, edges, route)
+        exchange.meter.reset()
+        layer(x, edges, route)
+        assert exchange.meter.bytes_sent == width * sum(wide), (layer, width)
+
+
+def test_what_cannot_change_is_not_sent(gang: Gang) -> None:
+    gang.run(traffic_case, 3)
+
+
+class FusedConv(pyg.MessagePassing):
+    r"""A user's layer that defines ``message_and_aggregate``."""
+
+    def __init__(self, aggr: str) -> None:
+        super().__init__(aggr=aggr)
+
+    def forward(self, x: Tensor, adj_t: Any) -> Tensor:
+        return self.propagate(adj_t, x=(x, None))
+
+    def message_and_aggregate(self, adj_t: Any, x: Any) -> Tensor:
+        return spmm(adj_t, x[0], reduce=self.aggr)
+
+
+@pytest.mark.parametrize("aggr", ["sum", "mean", "max", "min"])
+def test_users_fused_layer_runs_on_the_kernels(aggr: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = directed_graph()
+    adj = Adjacency.from_edge_index(data.edge_index, 60, 60)
+    matrix = nn.AdjacencyMatrix(adj, torch.float64)
+    grads = []
+    for edges in (matrix, adj.torch_csr(torch.float64)):
+        x = data.x.clone().requires_grad_()
+        out = FusedConv(aggr)(x, edges)
+        (out * data.x).sum().backward()
+        grads.append((out.detach(), x.grad))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(torch.sparse, "mm", None)  # what torch would run
+    torch.testing.assert_close(matrix @ data.x[:, 0], adj.torch_csr(torch.float64) @ data.x[:, 0])
+    assert "60 x 60" in repr(matrix) and matrix.to_torch().layout == torch.sparse_csr
+    with pytest.raises(GraphError, match="expected a reduction of sum"):
+        matrix._times(data.x, "prod")
 
 
 @torch.no_grad()
@@ -234,15 +318,16 @@ def test_attention_weights(gang: Gang) -> None:
     assert max(gang.run(attention_case, 3)) < 1e-12
 
 
-def model_case(worker: Worker) -> dict[str, float]:
+def model_case(worker: Worker, way: str, recompute: bool) -> dict[str, float]:
     data = directed_graph()
     share = cut(data, assignments(60, worker.world_size)["empty part"], worker.rank, worker.group)
     errors = {}
     for (name, options, attribute), key in zip(ZOO, IDS, strict=True):
         theirs, ours = zoo_pair(name, options)
+        ours.recompute = recompute
         found = ours(
-            share.node("x"),
-            share.edge_index,
+            nn.keep_halo(share.node("x"), share.route) if way == "kept" else share.node("x"),
+            edges_of(share, way),
             share.route,
             **({attribute: share.edge(attribute)} if attribute else {}),
         )
@@ -263,8 +348,10 @@ def model_case(worker: Worker) -> dict[str, float]:
     return errors
 
 
-def test_models_on_several_workers(gang: Gang, world_size: int) -> None:
-    for errors in gang.run(model_case, world_size):
+@pytest.mark.parametrize("recompute", [False, True], ids=["remembered", "run again"])
+@pytest.mark.parametrize("way", WAYS)
+def test_models_on_several_workers(gang: Gang, world_size: int, way: str, recompute: bool) -> None:
+    for errors in gang.run(model_case, world_size, way, recompute):
         assert not {name: error for name, error in errors.items() if not error < 1e-10}
 
 
