@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from torch import Tensor
@@ -93,7 +94,7 @@ class GATConv(pyg_nn.GATConv):
             x_src, x_dst = (rows.view(heads) for rows in through(self.lin, x, route))
         else:
             x_src, x_dst = through(self.lin_src, x, route)[0].view(heads), self.lin_dst(owned(x)).view(heads)
-        scores = ((x_src * self.att_src).sum(-1), (x_dst * self.att_dst).sum(-1))
+        scores = (_scores(x_src, self.att_src), _scores(x_dst, self.att_dst))
 
         if isinstance(edge_index, Adjacency):
             if not return_attention_weights:
@@ -216,6 +217,12 @@ class GATv2Conv(pyg_nn.GATv2Conv):
             x = x + _edge_heads(self, edge_attr)
         alpha = (F.leaky_relu(x, self.negative_slope) * self.att).sum(-1)
         return softmax(alpha, index, ptr, dim_size)
+
+
+def _scores(rows: Tensor, att: Tensor) -> Tensor:
+    """``(rows * att).sum(-1)``, ``[N, H, C]`` to ``[N, H]``, as one product that makes nothing of the rows' size."""
+    blocks = torch.block_diag(*att.squeeze(0).unsqueeze(2))
+    return rows.flatten(1) @ blocks
 
 
 def _edge_heads(conv: GATConv | GATv2Conv, edge_attr: Tensor) -> Tensor:
