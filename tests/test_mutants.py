@@ -20,7 +20,9 @@ from shares import HandmadeShare, assignments, cut
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from partpar import exchange, models, nn, route
+from partpar import exchange, models, nn, route, transfer
+from partpar.kernels.adjacency import Adjacency
+from partpar.nn import neighbour_sum
 
 NAMES = ("GCN", "GraphSAGE", "GAT", "GIN")
 Patch = pytest.MonkeyPatch
@@ -118,6 +120,53 @@ def drop_edges_by_local_id(patch: Patch, share: HandmadeShare) -> None:
     patch.setattr(nn.Dropout, "drop_edges", lambda self, x, edges, route=None: drop(self, x, edges, None))
 
 
+# --- of the kernels' way: with the share's adjacency ---------------------------------------------------------
+
+
+def drop_a_received_slot(patch: Patch, share: HandmadeShare) -> None:
+    wait = transfer.BlocksInFlight.wait
+
+    def mutant(self: transfer.BlocksInFlight) -> Tensor:
+        rows = wait(self)
+        keep = torch.ones(rows.size(0), 1, dtype=rows.dtype)
+        keep[rows.size(0) - 1 :] = 0
+        return rows * keep
+
+    patch.setattr(transfer.BlocksInFlight, "wait", mutant)
+
+
+def forget_the_interior(patch: Patch, share: HandmadeShare) -> None:
+    total = neighbour_sum.Edges.sum
+
+    def mutant(self: neighbour_sum.Edges, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return total(self, x, None)  # the boundary alone is returned where it should be added
+
+    patch.setattr(neighbour_sum.Edges, "sum", mutant)
+
+
+def keep_slot_gradients(patch: Patch, share: HandmadeShare) -> None:
+    patch.setattr(
+        transfer._Start, "backward", staticmethod(lambda ctx, grad: (ctx.flight.backward.wait() * 0, None))
+    )
+
+
+def stale_halo(patch: Patch, share: HandmadeShare) -> None:
+    r"""What constant rows are kept for is used for rows that change as well."""
+    kept: dict[Any, Tensor] = {}
+    patch.setattr(
+        neighbour_sum.NeighbourSum,
+        "__call__",
+        lambda self, x, base=None, call=neighbour_sum.NeighbourSum.__call__: kept.setdefault(
+            id(self), call(self, x, base).detach()
+        ),
+    )
+
+
+def draw_again(patch: Patch, share: HandmadeShare) -> None:
+    r"""A layer that is run again drops other entries."""
+    patch.setattr(nn.dropout, "step_of", lambda advance: advance())
+
+
 # Each mutant, and the model that it is seen on.
 MUTANTS: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
     (drop_a_halo_row, "GraphSAGE"),
@@ -134,13 +183,20 @@ MUTANTS: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
     (drop_by_local_id, "GIN"),
     (drop_edges_by_local_id, "GAT"),
 ]
+BY_KERNEL: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
+    (drop_a_received_slot, "GIN"),
+    (forget_the_interior, "GraphSAGE"),
+    (keep_slot_gradients, "GCN"),
+    (stale_halo, "GraphSAGE"),
+    (draw_again, "GIN"),
+]
 
 
 def compare(
-    worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None
+    worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None, by_kernel: bool = False
 ) -> tuple[float, float]:
     r"""The largest errors of three steps' losses and gradients, without dropout against PyG in one process,
-    with dropout against ours in one process."""
+    with dropout against ours in one process. By kernels, layers are run again as well."""
     data = directed_graph()
     share = cut(data, assignments(data.num_nodes, worker.world_size)["even"], worker.rank, worker.group)
     trained: list[tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]] = []
@@ -150,6 +206,7 @@ def compare(
         model = getattr(models, name)(8, 8, 2, 4, **options).double()
         one = getattr(pyg if p == 0 else models, name)(8, 8, 2, 4, **options).double()
         one.load_state_dict(model.state_dict())
+        model.recompute = by_kernel
 
         def loss(one: torch.nn.Module = one) -> Tensor:
             return F.cross_entropy(one(data.x, data.edge_index)[data.train_mask], data.y[data.train_mask])
@@ -160,11 +217,14 @@ def compare(
     with Patch.context() as patch:
         if mutate is not None:
             mutate(patch, share)
+        edges: Any = share.edge_index
+        if by_kernel:
+            edges = Adjacency.from_edge_index(edges, share.route.num_src, share.route.num_owned)
         for i, (model, expected) in enumerate(trained):
             parallel = DistributedDataParallel(model, process_group=worker.group, broadcast_buffers=False)
 
             def own_loss(parallel: torch.nn.Module = parallel) -> Tensor:
-                out = parallel(share.node("x"), share.edge_index, share.route)
+                out = parallel(share.node("x"), edges, share.route)
                 rows = F.cross_entropy(out, share.node("y"), reduction="none")
                 return nn.loss.global_mean(rows, share.node("train_mask"), share.route)
 
@@ -186,9 +246,10 @@ def step(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor,
     return loss.detach(), grads
 
 
+@pytest.mark.parametrize("by_kernel", [False, True], ids=["edge_index", "adj"])
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_mutant_all_agree(gang: Gang, name: str) -> None:
-    assert max(max(errors) for errors in gang.run(compare, 3, name, None)) < 1e-10
+def test_without_a_mutant_all_agree(gang: Gang, name: str, by_kernel: bool) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, None, by_kernel)) < 1e-10
 
 
 @pytest.mark.parametrize(("mutate", "name"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS])
@@ -196,6 +257,15 @@ def test_mutant_is_noticed(gang: Gang, mutate: Callable[[Patch, HandmadeShare], 
     assert max(max(errors) for errors in gang.run(compare, 3, name, mutate)) > 1e-6
 
 
+@pytest.mark.parametrize(("mutate", "name"), BY_KERNEL, ids=[mutate.__name__ for mutate, _ in BY_KERNEL])
+def test_mutant_of_the_kernels_way_is_noticed(
+    gang: Gang, mutate: Callable[[Patch, HandmadeShare], None], name: str
+) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, mutate, True)) > 1e-6
+
+
 def test_all_are_listed() -> None:
     listed = Path(__file__).with_name("MUTANTS.rst").read_text()
-    assert [mutate.__name__ for mutate, _ in MUTANTS if f"``{mutate.__name__}``" not in listed] == []
+    assert [
+        mutate.__name__ for mutate, _ in MUTANTS + BY_KERNEL if f"``{mutate.__name__}``" not in listed
+    ] == []
