@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from support.contenders import model_arguments
+from support.launch import launch
 from support.targets import Claim, claims, ratios
 
 from partpar import GraphData
@@ -109,13 +109,6 @@ def prepare(args: argparse.Namespace, parts: tuple[int, ...] = (1, 2, 4)) -> tup
     return folder, json.loads(facts.read_text())
 
 
-def free_port() -> int:
-    r"""A TCP port of this machine that nobody listens at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def run(
     contender: Contender, model: str, folder: Path, args: argparse.Namespace, **more: Any
 ) -> list[dict[str, Any]]:
@@ -128,21 +121,6 @@ def run(
         "epochs": max(2, args.epochs // 3) if slow else args.epochs, **more,
     }  # fmt: skip
     return launch("contenders.py", case, contender.ranks, contender.threads)
-
-
-def launch(script: str, case: dict[str, Any], num_ranks: int, threads: int) -> list[dict[str, Any]]:
-    r"""Runs a script of this folder as so many ranks; returns what each wrote."""
-    with tempfile.TemporaryDirectory() as results:
-        shared = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(HERE / "support" / script), json.dumps(case | {"results": results})]
-        port = str(free_port())
-        ranks = []
-        for rank in range(num_ranks):
-            launched = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_PORT": port}
-            ranks.append(subprocess.Popen(command, env=shared if num_ranks == 1 else shared | launched))
-        if any(list(map(subprocess.Popen.wait, ranks))):
-            raise RuntimeError(f"{script}: a process failed, see above; the case was {case}")
-        return [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
 def summarise(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -196,12 +174,12 @@ def kernels(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-HEADER = ("contender", "epoch s", "x PyG", "visible %", "hidden %", "sent MB", "peak MB", "dense s")
+HEADER = ("contender", "epoch s", "x first", "visible %", "hidden %", "sent MB", "peak MB", "dense s")
 
 
 def table_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     r"""A line for each contender, cells as in :data:`HEADER`."""
-    reference = results["PyG edge_index"]["seconds"]
+    reference = next(iter(results.values()))["seconds"]
 
     def cell(row: dict[str, Any], name: str, scale: float, digits: int = 1) -> str:
         return f"{row[name] * scale:,.{digits}f}" if name in row else ""
@@ -251,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--communities", type=int, default=128)
     parser.add_argument("--mixing", type=float, default=0.03, help="share of edges that ignore communities")
     parser.add_argument("--models", nargs="+", default=["gcn", "sage", "gat"], choices=["gcn", "sage", "gat"])
-    parser.add_argument("--only", help="only contenders with this in their names, and PyG edge_index")
+    parser.add_argument("--only", help="only contenders with this in their names")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--epochs", type=int, default=6, help="timed epochs of each round; a third for PyG edge_index"
@@ -273,7 +251,7 @@ def main() -> None:
     console.print(facts)
     cases = [
         (model, contender) for model in args.models for contender in CONTENDERS
-        if model in contender.models and (not args.only or args.only in contender.name or contender is CONTENDERS[0])
+        if model in contender.models and (not args.only or args.only in contender.name)
     ]  # fmt: skip
     runs: dict[str, dict[str, list[Any]]] = {model: {} for model in args.models}
     for number in range(args.rounds):

@@ -19,10 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from full_graph import CLASSES, CONTENDERS, launch, prepare, run
+from full_graph import CLASSES, CONTENDERS, prepare, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from support.launch import launch
 
 from partpar.training.cost import (
     Case,
