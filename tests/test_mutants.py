@@ -152,12 +152,12 @@ def keep_slot_gradients(patch: Patch, share: HandmadeShare) -> None:
 
 def stale_halo(patch: Patch, share: HandmadeShare) -> None:
     r"""What constant rows are kept for is used for rows that change as well."""
-    kept: dict[Any, Tensor] = {}
+    kept: dict[tuple[int, int], Tensor] = {}
     patch.setattr(
         neighbour_sum.NeighbourSum,
         "__call__",
         lambda self, x, base=None, call=neighbour_sum.NeighbourSum.__call__: kept.setdefault(
-            id(self), call(self, x, base).detach()
+            (id(self), x.size(1)), call(self, x, base).detach()
         ),
     )
 
