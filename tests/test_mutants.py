@@ -153,13 +153,13 @@ def keep_slot_gradients(patch: Patch, share: HandmadeShare) -> None:
 def stale_halo(patch: Patch, share: HandmadeShare) -> None:
     r"""What constant rows are kept for is used for rows that change as well."""
     kept: dict[tuple[int, int], Tensor] = {}
-    patch.setattr(
-        neighbour_sum.NeighbourSum,
-        "__call__",
-        lambda self, x, base=None, call=neighbour_sum.NeighbourSum.__call__: kept.setdefault(
-            (id(self), x.size(1)), call(self, x, base).detach()
-        ),
-    )
+    call = neighbour_sum.NeighbourSum.__call__
+
+    def mutant(self: neighbour_sum.NeighbourSum, x: Tensor, base: Tensor | None = None) -> Tensor:
+        out = call(self, x, base)
+        return out + (kept.setdefault((id(self), x.size(1)), out.detach()) - out.detach())
+
+    patch.setattr(neighbour_sum.NeighbourSum, "__call__", mutant)
 
 
 def draw_again(patch: Patch, share: HandmadeShare) -> None:
