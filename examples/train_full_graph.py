@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from partpar.models import GAT, GCN, GIN, GraphSAGE, SimpleNet
@@ -42,7 +43,7 @@ def main() -> None:
         prepare(share, args)
 
         # 3. The route carries rows between the workers.
-        route = share.to_route(worker.group)
+        route = share.to_route(worker.group).with_policy(wire_dtype=args.wire)
 
         # 4. An ordinary model, whose layers take the route. DistributedDataParallel adds the gradients up.
         torch.manual_seed(args.seed)
@@ -103,6 +104,9 @@ def parse() -> argparse.Namespace:
         "--norm", choices=["batch_norm", "layer_norm"], help="norm between layers, not for simple"
     )
     model.add_argument("--dropout", type=float, default=0.5, help="of hidden rows, not for simple")
+    model.add_argument(
+        "--recompute", action="store_true", help="run layers again backwards: less memory; not for simple"
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=100, help="at most")
     train.add_argument(
@@ -117,11 +121,15 @@ def parse() -> argparse.Namespace:
     train.add_argument(
         "--dtype", choices=["float32", "float64"], default="float32", help="of features and weights"
     )
+    train.add_argument(
+        "--wire", choices=["bfloat16", "float16"], help="round rows to this on their way between workers"
+    )
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
+    args.wire = getattr(torch, args.wire) if args.wire else None
     return args
 
 
@@ -165,8 +173,9 @@ def make_model(args: argparse.Namespace, share: GraphData, route: Route) -> torc
     sizes = (owned["x"].size(1), args.hidden, args.layers, num_classes)
     if args.model == "simple":
         return SimpleNet(*sizes)
-    options = {"heads": args.heads} if args.model == "gat" else {}
-    return MODELS[args.model](*sizes, dropout=args.dropout, norm=args.norm, seed=args.seed, **options)
+    options: dict[str, Any] = {"heads": args.heads} if args.model == "gat" else {}
+    options.update(dropout=args.dropout, norm=args.norm, seed=args.seed, recompute=args.recompute)
+    return MODELS[args.model](*sizes, **options)
 
 
 if __name__ == "__main__":

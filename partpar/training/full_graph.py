@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,16 @@ from tqdm import tqdm
 from partpar.errors import GraphError
 from partpar.exchange import meter
 from partpar.graph import GraphData
-from partpar.nn import global_mean
+from partpar.kernels.adjacency import Adjacency
+from partpar.models import BasicGNN
+from partpar.nn import SourceRows, global_mean, keep_halo
 from partpar.route import Route
 from partpar.training.machine import peak_memory
 from partpar.training.metrics import measure
 from partpar.training.together import all_numbers
 
 SPLITS = ("train", "val", "test")
+Inputs: TypeAlias = tuple[Tensor | SourceRows, Tensor | Adjacency]
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def fit(
     are any. Without validation rows nothing is selected: the last epoch is the best.
 
     Args:
-        model: Called as ``model(x, edge_index, route)``; returns ``[num_owned, num_classes]``. In
-            :class:`~torch.nn.parallel.DistributedDataParallel` if there are several workers.
+        model: Called as ``model(x, edge_index, route)``, see :func:`model_inputs`; returns
+            ``[num_owned, num_classes]``. In :class:`~torch.nn.parallel.DistributedDataParallel` if there are
+            several workers.
         optimizer: Of the model's parameters.
         share: This worker's share.
         route: Of the share.
@@ -116,15 +121,16 @@ def fit(
         raise GraphError(
             f"expected node attributes x, y and train_mask to train on, found no {', '.join(missing)}"
         )
-    edge_index, history, best_weights = share.edge_index(), History(), None
+    history, best_weights = History(), None
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inputs = model_inputs(inner, share, route)
     no_rows = torch.zeros(share.num_owned(), dtype=torch.bool, device=share.device)
     masks = {split: owned.get(f"{split}_mask", no_rows) for split in SPLITS}
 
     def step() -> Tensor:
         model.train()
         optimizer.zero_grad()
-        logits = model(owned["x"], edge_index, route)
+        logits = model(*inputs, route)
         loss = global_mean(
             F.cross_entropy(logits, owned["y"], reduction="none", ignore_index=-1), masks["train"], route
         )
@@ -137,7 +143,7 @@ def fit(
         blocked, start = meter.seconds, time.perf_counter()
         loss = step().item()
         seconds, blocked = time.perf_counter() - start, meter.seconds - blocked
-        scores = evaluate(inner, share, route, masks, metric)
+        scores = evaluate(inner, share, route, masks, metric, inputs)
         epoch = Epoch(number, loss, scores["train"], scores["val"], scores["test"], seconds, blocked)
         history.epochs.append(epoch)
         if on_epoch is not None:
@@ -160,9 +166,23 @@ def fit(
     return history
 
 
+def model_inputs(model: torch.nn.Module, share: GraphData, route: Route) -> Inputs:
+    r"""What to call a model with before the route (collective): the models of :mod:`partpar.models` take constant
+    rows with their halo and the share's adjacency, which is fastest; any other gets ``x`` and ``edge_index``."""
+    x = share.node("dst")["x"]
+    if isinstance(model, BasicGNN):
+        return keep_halo(x, route), share.adj()
+    return x, share.edge_index()
+
+
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, share: GraphData, route: Route, masks: dict[str, Tensor], metric: str = "accuracy"
+    model: torch.nn.Module,
+    share: GraphData,
+    route: Route,
+    masks: dict[str, Tensor],
+    metric: str = "accuracy",
+    inputs: Inputs | None = None,
 ) -> dict[str, float]:
     r"""Runs the model once on the full graph, in evaluation mode, and measures it on each split (collective).
 
@@ -172,11 +192,12 @@ def evaluate(
         route: Of the share.
         masks: bool ``[num_owned]`` for each split.
         metric: ``"accuracy"`` or ``"auc"``.
+        inputs: Of :func:`model_inputs`, made here by default.
 
     Returns:
         The metric over all workers for each split.
     """
     model.eval()
     owned = share.node("dst")
-    logits = model(owned["x"], share.edge_index(), route)
+    logits = model(*(model_inputs(model, share, route) if inputs is None else inputs), route)
     return {split: measure(metric, logits, owned["y"], mask, route) for split, mask in masks.items()}
