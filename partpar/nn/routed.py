@@ -75,8 +75,8 @@ class RoutedConv(torch.nn.Module):
         Args:
             x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
             edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
-            route (Route, optional): The share's route; :obj:`None` when one process owns everything. **kwargs
-            (optional): What else the convolution takes, such as :obj:`edge_attr` in the order of edges.
+            route (Route, optional): The share's route; :obj:`None` when one process owns everything.
+            \**kwargs (optional): What else the convolution takes, such as :obj:`edge_attr` in the order of edges.
         """
         check_edges(self, x, edge_index, route)
         check_owned_first(self, route)
