@@ -171,7 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--rst", type=Path, help="write the page of the documentation")
     args = parser.parse_args()
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=150)
 
     hidden = overlap(args)
     cases: list[Case] = []
