@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,18 @@ def test_peak_memory_counts_what_was_freed_until_it_is_forgotten() -> None:
     assert held > 64 << 20
     if training.forget_peak_memory():
         assert training.peak_memory() <= held
+
+
+def _how_blocks_are_made(worker: Any) -> tuple[bool, str]:
+    return machine.huge_pages(), setup._set_allocator()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
+def test_huge_pages_spare_the_allocator_its_hoarding() -> None:
+    assert launch(_how_blocks_are_made, 1, env={"THP_MEM_ALLOC_ENABLE": "1"}) == [(True, "with huge pages")]
+    [(huge, how)] = launch(_how_blocks_are_made, 1, env={"THP_MEM_ALLOC_ENABLE": "0"})
+    assert not huge
+    assert how in ("keeps freed blocks", "as the system sets it")
 
 
 def test_the_allocator_is_left_alone_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:

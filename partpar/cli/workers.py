@@ -39,7 +39,8 @@ def run_workers(program: str, workers: int, words: Sequence[str], timeout: float
         str(workers),
     ]
     # torchrun warns about threads unless they are named; each worker sets its own number when it starts.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # torch looks for huge pages, which make large blocks cheap, only once: before the first tensor is made.
+    environment = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", **os.environ}
     # A session of their own, so that torchrun and its workers can be ended together.
     command = [*launcher, *([] if program.endswith(".py") else ["--module"]), program, *words]
     process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603  # our own programs

@@ -3,11 +3,14 @@ r"""What one process asks of its machine: cores, threads, the C library's alloca
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 # Numbers of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -25,6 +28,17 @@ def threads_per_worker(local_world_size: int) -> int:
     r"""Returns the threads that each of :obj:`local_world_size` workers of one machine gets: an equal share
     of its cores, at least one."""
     return max(1, usable_cores() // local_world_size)
+
+
+def huge_pages() -> bool:
+    r"""Whether torch asks the system for huge pages, as ``THP_MEM_ALLOC_ENABLE=1`` makes it do if that is in
+    the
+    environment before the first tensor is made."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    # torch aligns blocks to pages then, and to 64 bytes otherwise; behind a header, the latter is never a
+    # page's begin.
+    return torch.empty(1 << 23, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE == 0
 
 
 def tune_allocator(threshold: int = 1 << 30) -> bool:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from partpar.errors import PartparError
-from partpar.training.machine import threads_per_worker, tune_allocator
+from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.together import forget_groups
 
 LOOPBACK = "127.0.0.1"
@@ -94,8 +94,10 @@ class Context:
         if self.owns_group and dist.is_initialized():
             forget_groups()
             dist.destroy_process_group()
-            # A DistributedDataParallel outlives this call: at exit it is freed under the interpreter's lock and waits
-            # for gloo's threads, one of which may wait for that lock to drop its last finished work. Let it, now.
+            # A DistributedDataParallel outlives this call: at exit it is freed under the interpreter's lock
+            # and waits
+            # for gloo's threads, one of which may wait for that lock to drop its last finished work. Let it,
+            # now.
             time.sleep(_LAST_WORK)
 
     def __enter__(self) -> Context:
@@ -225,6 +227,14 @@ def _keep_to_this_machine(launch: Launch, allow_network: bool) -> None:
         )
 
 
+def _set_allocator() -> str:
+    r"""Makes large blocks cheap; returns how. Huge pages do so without keeping what is freed, so they come
+    first."""
+    if huge_pages():
+        return "with huge pages"
+    return "keeps freed blocks" if tune_allocator() else "as the system sets it"
+
+
 def init(
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -243,9 +253,12 @@ def init(
         backend: ``"gloo"`` or ``"nccl"``; by default NCCL for GPUs that no two workers share, else gloo.
         timeout: Seconds after which a collective that some worker does not reach raises.
         threads: Threads of this worker; by default this machine's cores divided by its workers, at least one.
-        allocator: Whether glibc shall keep large blocks instead of giving each back to the system and
-            faulting its pages in again: faster epochs, but freed memory stays with the process. Of no effect
-            with another C library.
+        allocator: Whether to make large blocks cheap. If ``THP_MEM_ALLOC_ENABLE=1`` stood in the environment
+            before the first tensor was made, torch uses huge pages and nothing is left to do. Otherwise glibc
+            is
+            told to keep large blocks rather than give each back and fault its pages in again; freed memory
+            then
+            stays with the process, which may come to hold twice what it uses.
         quiet: Whether rank 0 keeps from saying on standard error what was chosen.
         allow_network: Whether workers may be on several machines. Traffic between them is neither
             authenticated nor encrypted, so the network must be trusted or tunnelled. The environment's
@@ -268,7 +281,7 @@ def init(
         torch.cuda.set_device(place)
     # partpar's own kernels ask torch for their number of threads.
     torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
-    tuned = allocator and tune_allocator()
+    blocks = _set_allocator() if allocator else "as the system sets it"
 
     if dist.is_initialized():
         context = Context(
@@ -302,7 +315,7 @@ def init(
             f"{context.world_size} worker(s) on {place.type}",
             context.backend or "no process group",
             f"{torch.get_num_threads()} thread(s) each",
-            f"allocator {'keeps freed blocks' if tuned else 'as the system sets it'}",
+            f"allocator {blocks}",
         ]
         print("partpar:", ", ".join(choices), file=sys.stderr)
     return context
