@@ -7,6 +7,7 @@ Errors are max ``|a - b| / max(1, |b|)`` unless said otherwise.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from partpar import GraphData, models, nn
 from partpar.nn import global_mean
 
 STEPS = 20
+DEVICE = os.environ.get("PARTPAR_TEST_DEVICE", "cpu")  # of the workers; the reference is always the CPU's
 WAYS = {
     "edge_index": "PyG's own propagation, message by message",
     "adj": "kernels, interior and halo apart, partial sums",
@@ -150,7 +152,7 @@ def train(losses_of: torch.nn.Module, built: torch.nn.ModuleDict, plan: Plan) ->
         name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in built.items()
     }
     return {
-        name: Run(torch.stack(losses)[:, i], torch.stack(grads[name]), weights[name])
+        name: Run(torch.stack(losses)[:, i].cpu(), torch.stack(grads[name]).cpu(), weights[name].cpu())
         for i, name in enumerate(built)
     }
 
@@ -164,7 +166,7 @@ def worker_case(
     way: str = "edge_index",
 ) -> dict[Plan, Any]:
     r"""Trains all models through DDP on this worker's share, by one of :data:`WAYS`."""
-    share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
+    share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm).to(DEVICE)
     route = share.to_route(worker.group)
     frame, edge_index = share.node("dst"), share.edge_index()
     runs = {}
@@ -173,6 +175,7 @@ def worker_case(
         built.load_state_dict(state)
         x = frame["x"].to(plan.dtype)
         rows = x if way in ("edge_index", "adj") else nn.keep_halo(x, route)
+        built.to(DEVICE)
         for model in built.values():
             model.recompute = way == "recompute"
 

@@ -2,6 +2,8 @@ r"""Sums over in-neighbours of a cut graph equal those of the whole graph, howev
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from gang import Gang, Worker
@@ -15,6 +17,8 @@ from partpar import exchange
 from partpar.errors import RouteError
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.neighbour_sum import plan_sum
+
+DEVICE = os.environ.get("PARTPAR_TEST_DEVICE", "cpu")
 
 
 def graph(kind: str, seed: int) -> Data:
@@ -45,9 +49,11 @@ def sums(worker: Worker, kind: str, seed: int, weighted: bool, partial: bool) ->
 
     share = cut(data, assignment, worker.rank, worker.group)
     adj = Adjacency.from_edge_index(share.edge_index, share.route.num_src, share.route.num_owned)
-    weight = share.edge("edge_weight")[adj.edge_ids] if weighted else None
-    plan = plan_sum(adj, share.route, weight, partial)
-    x = full.detach()[share.owned].requires_grad_()
+    weight = share.edge("edge_weight")[adj.edge_ids].to(DEVICE) if weighted else None
+    plan = plan_sum(adj.to(DEVICE), share.route.to(DEVICE), weight, partial)
+    full, want, cotangent = full.detach().to(DEVICE), want.detach().to(DEVICE), cotangent.to(DEVICE)
+    want_grad, want_twice = want_grad.detach().to(DEVICE), want_twice.to(DEVICE)
+    x = full[share.owned].requires_grad_()
     exchange.meter.reset()
     out = plan(x)
     sent = exchange.meter.bytes_sent
