@@ -49,10 +49,6 @@ def model_arguments(
 def pyg_epoch(case: dict[str, Any]) -> tuple[Callable[[], Tensor], torch.nn.Module, int]:
     r"""An epoch as PyG's user writes it, with normalised edges kept from the first one on."""
     torch.set_num_threads(case["threads"])
-    if case["tuned"]:
-        from partpar.training.machine import tune_allocator
-
-        tune_allocator()
     graph = load_file(Path(case["folder"]) / "graph.safetensors")
     x, y, mask = graph["x"], graph["y"], graph["train_mask"]
     name, arguments = model_arguments(case["model"], x.size(1), case["hidden"], case["classes"])

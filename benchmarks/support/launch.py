@@ -22,9 +22,12 @@ def free_port() -> int:
 
 
 def launch(script: str, case: dict[str, Any], num_ranks: int, threads: int) -> list[dict[str, Any]]:
-    r"""Runs a script of this folder as so many ranks; returns what each wrote."""
+    r"""Runs a script of this folder as so many ranks; returns what each wrote. With huge pages, unless the case says
+    that it is not ``tuned``."""
     with tempfile.TemporaryDirectory() as results:
         shared = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        if case.get("tuned", True):  # as `partpar` sets it for workers that it starts; torch reads it once
+            shared["THP_MEM_ALLOC_ENABLE"] = "1"
         command = [sys.executable, str(HERE / script), json.dumps(case | {"results": results})]
         port = str(free_port())
         ranks = []

@@ -29,7 +29,7 @@ def ratios(results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
     for model in ("gcn", "sage"):
         compare(f"{model}_time_vs_pyg_edge_index", model, "seconds", TWO, PYG)
         compare(f"{model}_time_vs_pyg_adj_t", model, "seconds", TWO, ADJ_T)
-        compare(f"{model}_time_vs_pyg_adj_t_tuned", model, "seconds", TWO, f"{ADJ_T}, tuned allocator")
+        compare(f"{model}_time_vs_pyg_adj_t_huge_pages", model, "seconds", TWO, f"{ADJ_T}, huge pages")
         compare(f"{model}_features_sent_time_vs_pyg_adj_t", model, "seconds", f"{TWO}, features sent", ADJ_T)
         compare(f"{model}_two_ranks_speed_vs_one_rank", model, "seconds", ONE, TWO)
         compare(f"{model}_memory_vs_one_rank", model, "peak", TWO, ONE)

@@ -8,9 +8,9 @@ The model counts what each rank does in an epoch and multiplies by what the mach
 - *moved bytes*: halo rows, picked, copied and added;
 - what an epoch takes for nothing.
 
-Exchanges take ``latency + bytes / bandwidth`` and are hidden behind the interior's sums of the same layer; what is
-longer is waited for. The slowest rank counts. The rates are found by :func:`fit` from measured epochs, as linear least
-squares without negative rates.
+Exchanges take ``latency + bytes / bandwidth`` and are hidden behind the interior's sums of the same layer;
+what is longer is waited for. The slowest rank counts. The rates are found by :func:`fit` from measured
+epochs, as linear least squares without negative rates.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class CostError(PartparError, ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    r"""What one rank holds: nodes it owns, halo rows, in-edges, those of them from the halo, rows sent in one exchange."""
+    r"""What one rank holds: nodes it owns, halo rows, in-edges, those of them from the halo, rows sent in one
+    exchange."""
 
     owned: float
     halo: float
@@ -51,7 +52,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Network:
-    r"""Bandwidth of a machine in each direction, Gbit/s; seconds until a message arrives; ranks that share a machine."""
+    r"""Bandwidth of a machine in each direction, Gbit/s; seconds until a message arrives; ranks that share a
+    machine."""
 
     gbit: float = 10.0
     latency: float = 50e-6
@@ -66,7 +68,8 @@ class Network:
 
 @dataclass(frozen=True)
 class Training:
-    r"""The model that is trained: ``"gcn"`` or ``"sage"``, its widths and layers. The first layer's halo is kept."""
+    r"""The model that is trained: ``"gcn"`` or ``"sage"``, its widths and layers. The first layer's halo is
+    kept."""
 
     model: str = "gcn"
     features: int = 128
@@ -92,9 +95,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Rates:
-    r"""What one rank takes: seconds for a byte, a multiply-add or an epoch, and bytes of memory for a thing held.
+    r"""What one rank takes: seconds for a byte, a multiply-add or an epoch, and bytes of memory for a thing
+    held.
 
-    The defaults were measured by ``benchmarks/network.py``, with two ranks on a machine of two cores.
+    The defaults are rough figures for one core of a machine of two. ``benchmarks/network.py --rates FILE``
+    measures those of a machine.
     """
 
     summed_byte: float = 1.0e-10
@@ -130,7 +135,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Case:
-    r"""An epoch that was measured: on which parts, training what, over which network (:obj:`None`: the machine's own),
+    r"""An epoch that was measured: on which parts, training what, over which network (:obj:`None`: the
+    machine's own),
     and what the slowest rank took, seconds and bytes."""
 
     parts: Sequence[Part]
@@ -274,7 +280,8 @@ def fit(cases: Sequence[Case]) -> Rates:
 
 
 def _non_negative(rows: Sequence[np.ndarray]) -> list[float]:
-    r"""The ``r >= 0`` with ``rows @ r`` nearest to 1, by Lawson and Hanson's active sets (Solving Least Squares
+    r"""The ``r >= 0`` with ``rows @ r`` nearest to 1, by Lawson and Hanson's active sets (Solving Least
+    Squares
     Problems, 1974, chapter 23)."""
     matrix = np.stack(rows)
     scale = matrix.max(0)

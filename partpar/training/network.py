@@ -1,6 +1,8 @@
-r"""A network slower than the one at hand: exchanges take as long as they would at a given bandwidth and latency.
+r"""A network slower than the one at hand: exchanges take as long as they would at a given bandwidth and
+latency.
 
-Overlap, and what it is worth, shows on a network whose transfers cost no processor time. Several processes on one
+Overlap, and what it is worth, shows on a network whose transfers cost no processor time. Several processes on
+one
 machine have none: here they wait as such a network would have them wait, and do not work meanwhile.
 """
 
@@ -47,10 +49,12 @@ class Traffic:
 
 @dataclass
 class SimulatedNetwork:
-    r"""Within this context, exchanges of rows end no earlier than they would over a network interface that sends and
+    r"""Within this context, exchanges of rows end no earlier than they would over a network interface that
+    sends and
     receives :obj:`gbit` each, one exchange after the other. Without a limit exchanges are only watched.
 
-    Every rank has an interface of its own. Transfers are timed from the moment at which this rank begins them, so
+    Every rank has an interface of its own. Transfers are timed from the moment at which this rank begins
+    them, so
     ranks should enter it alike. Reductions, such as those of gradients, are not slowed down.
 
     Args:
