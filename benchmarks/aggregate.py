@@ -245,7 +245,7 @@ def main() -> None:
     for name in ("gat", "sum", "max"):
         peaks = [
             float(
-                subprocess.run(  # noqa: S603  this file itself, in a process of its own
+                subprocess.run(
                     [
                         sys.executable,
                         __file__,

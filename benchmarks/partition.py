@@ -218,7 +218,7 @@ def main() -> int:
         for algorithm in ALGORITHMS:
             command = [sys.executable, __file__, "--data", str(options.data), "--graphs", graph]
             command += ["--one", algorithm, "--runs", str(options.runs)]
-            done = subprocess.run(  # noqa: S603 - this file, run by this interpreter
+            done = subprocess.run(
                 command,
                 check=True,
                 stdout=subprocess.PIPE,

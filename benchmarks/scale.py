@@ -203,7 +203,7 @@ def train(root: Path, algorithm: str, num_nodes: int, epochs: int, watch: bool, 
 def stage(*words: object) -> None:
     r"""Runs one stage of this file as a process."""
     command = [sys.executable, __file__, "--stage", json.dumps([str(word) for word in words])]
-    subprocess.run(command, check=True)  # noqa: S603  # this file
+    subprocess.run(command, check=True)  # this file
 
 
 def run_stage(words: list[str]) -> None:

@@ -73,7 +73,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         route, adj, owned = share.to_route(), share.adj(), share.node("dst")
         x = keep_halo(owned["x"], route)
         sizes = {
-            "in_channels": x.rows.size(1),
+            "in_channels": x.owned.size(1),
             "hidden_channels": case["hidden"],
             "out_channels": case["classes"],
         }

@@ -207,7 +207,7 @@ class Adjacency:
         r"""The edges from owned sources, and those from the halo, as two adjacencies over all destinations.
 
         So the interior can be summed while the halo is on its way. The sources of the halo's adjacency are
-        counted from zero: they index the received block itself.
+        counted from zero: they index the received block itself. Made anew at each call.
 
         Args:
             num_owned (int): How many sources, from the first, are owned.
@@ -217,9 +217,6 @@ class Adjacency:
         """
         if not 0 <= num_owned <= self.num_src:
             raise GraphError(f"Expected 0..{self.num_src} owned sources, found {num_owned}.")
-        return self._keep(("split", num_owned), lambda: self._split(num_owned))
-
-    def _split(self, num_owned: int) -> Split:
         is_owned = self.indices < num_owned
         before = torch.zeros(self.num_edges + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(is_owned, 0, out=before[1:])

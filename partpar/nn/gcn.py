@@ -71,17 +71,20 @@ class NormalisedSum:
     weight: Tensor | None
     scale: Tensor | None
 
-    def __call__(self, x: Tensor | SourceRows, route: Route | None) -> Tensor:
-        r"""``[num_owned, C]`` from owned rows (collective), or from rows that have their halo."""
+    def __call__(self, x: Tensor, route: Route | None) -> Tensor:
+        r"""``[num_owned, C]`` from the rows of the owned nodes (collective)."""
         if self.scale is None:
             return sum_neighbours(self.adj, x, route, self.weight)
+        scale = self.scale[: self.adj.num_dst].unsqueeze(1)
+        return sum_neighbours(self.adj, x * scale, route, self.weight) * scale
+
+    def of_sources(self, x: Tensor) -> Tensor:
+        r"""The same from the rows of all sources, without an exchange."""
+        edges = Edges(self.adj, self.weight)
+        if self.scale is None:
+            return edges.sum(x)
         scale = self.scale.unsqueeze(1)
-        num_owned = self.adj.num_dst
-        if isinstance(x, SourceRows):
-            out = Edges(self.adj, self.weight).sum(x.rows * scale)
-        else:
-            out = sum_neighbours(self.adj, x * scale[:num_owned], route, self.weight)
-        return out * scale[:num_owned]
+        return edges.sum(x * scale) * scale[: self.adj.num_dst]
 
 
 def normalised_sum(
@@ -194,9 +197,9 @@ class GCNConv(pyg_nn.GCNConv):
         if isinstance(x, SourceRows):
             # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
             if self.in_channels <= 2 * self.out_channels:
-                out = self.lin(x.keep(norm, lambda: norm(x, None)))
+                out = self.lin(x.keep(norm, lambda: norm(x.owned, route)))
             else:
-                out = norm(SourceRows(self.lin(x.rows), x.num_owned), None)
+                out = norm.of_sources(self.lin(x.rows))
         elif self.in_channels < self.out_channels:
             out = self.lin(norm(x, route))
         else:

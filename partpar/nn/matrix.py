@@ -38,7 +38,9 @@ class AdjacencyMatrix(Tensor):
     layout = torch.sparse_csr
 
     @staticmethod
-    def __new__(cls: type[AdjacencyMatrix], adj: Adjacency, dtype: torch.dtype = torch.float32) -> AdjacencyMatrix:
+    def __new__(
+        cls: type[AdjacencyMatrix], adj: Adjacency, dtype: torch.dtype = torch.float32
+    ) -> AdjacencyMatrix:
         shape = (adj.num_dst, adj.num_src)
         self: AdjacencyMatrix = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=adj.device)
         self.adj = adj

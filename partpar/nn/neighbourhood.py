@@ -31,11 +31,11 @@ def edge_index_of(adj: Adjacency) -> Tensor:
 def sum_neighbours(
     adj: Adjacency, x: Tensor | SourceRows, route: Route | None, weight: Tensor | None = None
 ) -> Tensor:
-    r"""Sums the rows of in-neighbours (collective unless :obj:`x` has its halo).
+    r"""Sums the rows of in-neighbours (collective; for constant rows at the first call only).
 
     Args:
         adj: A share's edges.
-        x: ``[num_owned, C]``, or constant rows of all sources.
+        x: ``[num_owned, C]``, constant or not.
         route: The share's route.
         weight: ``[E]``, constant.
 
@@ -44,7 +44,7 @@ def sum_neighbours(
     """
     name = ("sum", None if weight is None else (id(weight), weight._version))
     if isinstance(x, SourceRows):
-        return x.keep((name, id(adj)), lambda: Edges(adj, weight).sum(x.rows))
+        return x.keep((name, id(adj)), lambda: sum_neighbours(adj, x.owned, route, weight))
     if route is None or route.group is None:
         return Edges(adj, weight).sum(x)
     _, plan = kept(adj, route, name, lambda: (weight, plan_sum(adj, route, weight)))

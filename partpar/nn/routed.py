@@ -11,7 +11,15 @@ from torch import Tensor
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.matrix import AdjacencyMatrix
 from partpar.nn.neighbourhood import edge_index_of
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, refuse_over_all_rows, with_halo
+from partpar.nn.rows import (
+    check_edges,
+    check_flow,
+    check_owned_first,
+    owned,
+    refuse_over_all_rows,
+    takes_route,
+    with_halo,
+)
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
@@ -50,7 +58,7 @@ class RoutedConv(torch.nn.Module):
         check_flow(conv, getattr(conv, "flow", "source_to_target"))
         refuse_over_all_rows(conv, f"RoutedConv({type(conv).__name__})")
         first = next(iter(inspect.signature(conv.forward).parameters.values()), None)
-        if first is None or first.annotation in (Tensor, "Tensor", "torch.Tensor"):
+        if first is None or takes_route(conv) or first.annotation in (Tensor, "Tensor", "torch.Tensor"):
             ours = ", ".join(sorted(_ROUTED_THEMSELVES))
             raise ValueError(
                 f"RoutedConv: expected a convolution that takes a pair (x_src, x_dst), found "

@@ -109,7 +109,7 @@ def through(
     r"""``(sources, destinations)`` after a map of each row, which is applied before rows travel."""
     if isinstance(x, SourceRows):
         sources = row_wise(x.rows)
-        return sources, sources[: x.num_owned]
+        return sources, sources[: x.owned.size(0)]
     rows = row_wise(x)
     return with_halo(rows, route), rows
 

@@ -11,8 +11,9 @@ from torch_geometric.typing import OptPairTensor
 
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_max, aggregate_min
+from partpar.nn.neighbour_sum import Edges
 from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
-from partpar.nn.rows import check_edges, check_flow, owned, with_halo
+from partpar.nn.rows import check_edges, check_flow, owned, through
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
@@ -62,23 +63,17 @@ class SAGEConv(pyg_nn.SAGEConv):
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
         check_edges(self, x, edge_index, route)
-        sources = x
-        if self.project:  # rows of its own are projected before they travel
-            sources = (
-                SourceRows(self._project(x.rows), x.num_owned)
-                if isinstance(x, SourceRows)
-                else self._project(x)
-            )
         if isinstance(edge_index, Adjacency):
-            out = self._by_kernel(sources, edge_index, route)
+            out = self._by_kernel(x, edge_index, route)
         else:
-            out = self.lin_l(self.propagate(edge_index, x=(with_halo(sources, route), owned(x))))
+            pair = (through(self._project, x, route)[0], owned(x))
+            out = self.lin_l(self.propagate(edge_index, x=pair))
         if self.root_weight:
             out = out + self.lin_r(owned(x))
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
 
     def _project(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.lin(x).relu()
+        projected: Tensor = self.lin(x).relu() if self.project else x
         return projected
 
     def _by_kernel(self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None) -> Tensor:
@@ -86,28 +81,24 @@ class SAGEConv(pyg_nn.SAGEConv):
         kind = type(self.aggr_module)
         if kind in (pyg_nn.MaxAggregation, pyg_nn.MinAggregation):
             extreme = aggregate_max if kind is pyg_nn.MaxAggregation else aggregate_min
-            return self.lin_l(extreme(adj, with_halo(x, route)))
+            return self.lin_l(extreme(adj, through(self._project, x, route)[0]))
         if kind not in (pyg_nn.MeanAggregation, pyg_nn.SumAggregation):
-            return self.lin_l(self.propagate(edge_index_of(adj), x=(with_halo(x, route), owned(x))))
-        count = (
-            adj.degrees.clamp(min=1).to(owned(x).dtype).unsqueeze(1)
-            if kind is pyg_nn.MeanAggregation
-            else None
-        )
+            pair = (through(self._project, x, route)[0], owned(x))
+            return self.lin_l(self.propagate(edge_index_of(adj), x=pair))
 
-        def aggregate(rows: Tensor | SourceRows) -> Tensor:
-            out = sum_neighbours(adj, rows, route)
-            return out if count is None else out / count
+        def mean(out: Tensor) -> Tensor:
+            if kind is pyg_nn.SumAggregation:
+                return out
+            return out / adj.degrees.clamp(min=1).to(out.dtype).unsqueeze(1)
 
         width = owned(x).size(1)
-        constant = isinstance(x, SourceRows) and not x.rows.requires_grad
-        if self.out_channels >= width or (constant and width <= 2 * self.out_channels):
-            if isinstance(x, SourceRows) and constant:
-                return self.lin_l(x.keep((kind, id(adj)), lambda: aggregate(x)))
-            return self.lin_l(aggregate(x))
-        weight, bias = self.lin_l.weight, self.lin_l.bias
-        if isinstance(x, SourceRows):
-            out = aggregate(SourceRows(F.linear(x.rows, weight), x.num_owned))
-        else:
-            out = aggregate(F.linear(x, weight))
-        return out if bias is None else out + bias
+        if isinstance(x, SourceRows) and not self.project and width <= 2 * self.out_channels:
+            # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
+            return self.lin_l(x.keep((kind, id(adj)), lambda: mean(sum_neighbours(adj, x.owned, route))))
+        rows = self._project(x.rows if isinstance(x, SourceRows) else x)
+        map_first = self.out_channels < width
+        rows = F.linear(rows, self.lin_l.weight) if map_first else rows
+        out = mean(Edges(adj).sum(rows) if isinstance(x, SourceRows) else sum_neighbours(adj, rows, route))
+        if not map_first:
+            return self.lin_l(out)
+        return out if self.lin_l.bias is None else out + self.lin_l.bias

@@ -1,4 +1,4 @@
-r"""Input rows that never change, with those of the halo fetched once: a first layer then sends nothing."""
+r"""Input rows that never change: what a first layer needs of other workers is fetched once, then nothing is sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from partpar.errors import RouteError
@@ -14,35 +15,41 @@ from partpar.route import Route
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    r"""Constant rows of all sources; make them by :func:`keep_halo`. Layers and models take them for ``x``.
+    r"""Constant rows of the owned nodes, and what derives from them and those of other workers; make them by
+    :func:`keep_halo`. Layers and models take them for ``x``.
 
-    What a layer derives from them alone, such as their sums over in-neighbours, is kept as well, as long as nobody
-    changes :obj:`rows` in place.
+    A layer that sums its neighbours' rows before anything else keeps the sums, and no halo row need be held; one that
+    maps rows first keeps the rows of the halo. Either is made at first use (collective) and made anew if somebody
+    changes :obj:`owned` in place, which must then happen on every rank.
 
     Args:
-        rows: ``[num_src, C]``: the owned nodes', then the halo's.
-        num_owned: How many are owned.
+        owned: ``[num_owned, C]``.
+        route: The share's route; :obj:`None` when one process owns everything.
     """
 
-    rows: Tensor
-    num_owned: int
+    owned: Tensor
+    route: Route | None = None
     _kept: dict[Any, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
-    def owned(self) -> Tensor:
-        r"""``[num_owned, C]``."""
-        return self.rows[: self.num_owned]
+    def rows(self) -> Tensor:
+        r"""``[num_src, C]``: the owned nodes', then the halo's."""
+        route = self.route
+        if route is None or route.group is None:
+            return self.owned
+        return self.keep("rows", lambda: route.apply(self.owned))
 
     def keep(self, key: Any, build: Callable[[], Tensor]) -> Tensor:
-        r"""What :obj:`build` makes of the rows; made once."""
+        r"""What :obj:`build` makes of the rows; made once, exactly, whatever the route's policy."""
         kept = self._kept.get(key)
-        if kept is None or kept[0] != self.rows._version:
-            kept = self._kept[key] = (self.rows._version, build())
+        if kept is None or kept[0] != self.owned._version:
+            with torch.no_grad():
+                kept = self._kept[key] = (self.owned._version, build())
         return kept[1]
 
 
 def keep_halo(x: Tensor, route: Route | None = None) -> SourceRows:
-    r"""Fetches the halo of constant rows, once (collective).
+    r"""Declares rows constant, so that what layers need of the halo is fetched once (collective).
 
     Args:
         x: ``[num_owned, C]``, rows of the owned nodes that need no gradient, such as input features.
@@ -51,14 +58,11 @@ def keep_halo(x: Tensor, route: Route | None = None) -> SourceRows:
     Raises:
         RouteError: :obj:`x` requires a gradient, so it is not constant; on every rank.
     """
-    wrong = (
-        "keep_halo: expected constant rows, found rows that require a gradient; pass x itself to the model"
-        if x.requires_grad
-        else None
-    )
-    if route is None:
-        if wrong is not None:
-            raise RouteError(wrong)
-        return SourceRows(x, x.size(0))
-    route.check("keep_halo", x, wrong=wrong)
-    return SourceRows(route.apply(x), route.num_owned)
+    wrong = None
+    if x.requires_grad:
+        wrong = "keep_halo: expected constant rows, found rows that require a gradient; pass x itself to the model"
+    if route is not None:
+        route.check("keep_halo", x, wrong=wrong)
+    elif wrong is not None:
+        raise RouteError(wrong)
+    return SourceRows(x, route)
