@@ -4,12 +4,12 @@ r"""An epoch of training on the full graph: PyG in one process, partpar on 1, 2 
 
     python benchmarks/full_graph.py --json full_graph.json --rst docs/full_graph.rst
 
-A generated graph with communities and heavy-tailed degrees is cut once. Then all contenders take turns, round after
-round, each in fresh processes; an epoch is forward pass, loss, backward pass and Adam's step over the whole graph, its
-time the median over all rounds, of the slowest rank. Peak memory is that of the largest rank, above what a process
-holds once torch and PyG are imported. All contenders start from the same weights and must agree on the first losses.
-Ours run with
-huge pages, as workers do that `partpar` starts. The last line printed is a JSON object.
+A generated graph with communities and heavy-tailed degrees is cut once. Then all contenders take turns, round
+after round, each in fresh processes; an epoch is forward pass, loss, backward pass and Adam's step over the
+whole graph, its time the median over all rounds, of the slowest rank. Peak memory is that of the largest
+rank, above what a process holds once torch and PyG are imported. All contenders start from the same weights
+and must agree on the first losses. Ours run with huge pages, as workers do that `partpar` starts. The last
+line printed is a JSON object.
 """
 
 from __future__ import annotations

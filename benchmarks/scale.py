@@ -6,10 +6,8 @@ memory.
     python benchmarks/scale.py --rst docs/scale.rst
 
 The graph is written in chunks as memory-mapped files, cut from them, and trained on for some epochs. Every
-stage is a
-process of its own. Ends with a failure if any worker ever holds a tensor with a row for each node of the
-graph, or
-needs more than a given share of one process's memory.
+stage is a process of its own. Ends with a failure if any worker ever holds a tensor with a row for each node
+of the graph, or needs more than a given share of one process's memory.
 """
 
 from __future__ import annotations
@@ -65,8 +63,7 @@ def generate(folder: Path, num_nodes: int, num_edges: int) -> None:
     r"""Writes the graph as :meth:`partpar.GraphData.open` takes it, never holding more than a chunk.
 
     Both directions of each edge: 85 % within a community, 13 % into one of the three next on the ring, 2 %
-    anywhere.
-    Ids are scattered, so that they say nothing of communities.
+    anywhere. Ids are scattered, so that they say nothing of communities.
     """
     folder.mkdir(parents=True)
     step = next(s for s in range(num_nodes * 5 // 8 | 1, num_nodes * 2) if math.gcd(s, num_nodes) == 1)

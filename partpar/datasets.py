@@ -35,11 +35,9 @@ def planted(
     r"""Generates an undirected graph with communities, a heavy-tailed degree and noisy features.
 
     A degree-corrected stochastic block model (Karrer and Newman, "Stochastic blockmodels and community
-    structure in
-    networks", Phys. Rev. E 83, 2011): edges join nodes in proportion to their weights, most of them within a
-    community. A community has a class; a node's features are the direction of its class and Gaussian noise,
-    so that
-    a node alone says little and its neighbourhood much.
+    structure in networks", Phys. Rev. E 83, 2011): edges join nodes in proportion to their weights, most of
+    them within a community. A community has a class; a node's features are the direction of its class and
+    Gaussian noise, so that a node alone says little and its neighbourhood much.
 
     Args:
         num_nodes: Number of nodes.
@@ -55,10 +53,8 @@ def planted(
 
     Returns:
         ``x`` float32 ``[num_nodes, num_features]``, ``y`` int64 ``[num_nodes]``, ``edge_index`` int64 ``[2,
-        E]`` with
-        both directions, sorted by source and target, without loops or duplicates, and ``train_mask``,
-        ``val_mask``
-        and ``test_mask`` (a tenth, two tenths and the rest).
+        E]`` with both directions, sorted by source and target, without loops or duplicates, and
+        ``train_mask``, ``val_mask`` and ``test_mask`` (a tenth, two tenths and the rest).
 
     Raises:
         GraphError: If an argument is out of range.
@@ -149,10 +145,8 @@ def from_npz(path: str | Path, split: int = 0) -> Data | HeteroData:
     r"""Reads a graph from one ``.npz`` file of plain numpy arrays.
 
     Names are those of :mod:`partpar.graph.arrays`; besides, ``src`` and ``dst`` become ``edge_index`` (so
-    that ``t``,
-    ``msg`` and the like are edge attributes), masks ``[num_nodes, num_splits]`` those of one split, and
-    arrays of text
-    lists.
+    that ``t``, ``msg`` and the like are edge attributes), masks ``[num_nodes, num_splits]`` those of one
+    split, and arrays of text lists.
 
     Args:
         path: The file.

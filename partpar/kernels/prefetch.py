@@ -13,8 +13,7 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     r"""``prefetch(array, index)`` asks for the cache line of ``array[index]`` (one-dimensional, contiguous).
 
     A gather of rows waits for memory; asking some edges ahead hides most of that wait (measured: 1.6 times
-    faster).
-    An address outside the array is harmless, for a hint never faults.
+    faster). An address outside the array is harmless, for a hint never faults.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -136,8 +136,7 @@ class Rates:
 @dataclass(frozen=True)
 class Case:
     r"""An epoch that was measured: on which parts, training what, over which network (:obj:`None`: the
-    machine's own),
-    and what the slowest rank took, seconds and bytes."""
+    machine's own), and what the slowest rank took, seconds and bytes."""
 
     parts: Sequence[Part]
     training: Training
@@ -281,8 +280,7 @@ def fit(cases: Sequence[Case]) -> Rates:
 
 def _non_negative(rows: Sequence[np.ndarray]) -> list[float]:
     r"""The ``r >= 0`` with ``rows @ r`` nearest to 1, by Lawson and Hanson's active sets (Solving Least
-    Squares
-    Problems, 1974, chapter 23)."""
+    Squares Problems, 1974, chapter 23)."""
     matrix = np.stack(rows)
     scale = matrix.max(0)
     scale[scale == 0] = 1.0

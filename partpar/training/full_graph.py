@@ -91,8 +91,7 @@ def fit(
     r"""Trains a classifier of nodes on the full graph (collective).
 
     The share's owned nodes need ``x`` and ``y``, and ``train_mask``; ``val_mask`` and ``test_mask`` are used
-    where there
-    are any. Without validation rows nothing is selected: the last epoch is the best.
+    where there are any. Without validation rows nothing is selected: the last epoch is the best.
 
     Args:
         model: Called as ``model(x, edge_index, route)``, see :func:`model_inputs`; returns

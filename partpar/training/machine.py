@@ -32,8 +32,7 @@ def threads_per_worker(local_world_size: int) -> int:
 
 def huge_pages() -> bool:
     r"""Whether torch asks the system for huge pages, as ``THP_MEM_ALLOC_ENABLE=1`` makes it do if that is in
-    the
-    environment before the first tensor is made."""
+    the environment before the first tensor is made."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
     # torch aligns blocks to pages then, and to 64 bytes otherwise; behind a header, the latter is never a

@@ -100,8 +100,7 @@ class JsonLines:
     r"""Appends records to a file, one JSON object a line; rank 0 writes, the others do not.
 
     Each record is one system call in append mode, so that lines of runs that share a file are never mixed and
-    a
-    killed run leaves whole lines.
+    a killed run leaves whole lines.
 
     Args:
         path: The file, created with its folder where absent; :obj:`None` writes nothing.

@@ -2,8 +2,7 @@ r"""A network slower than the one at hand: exchanges take as long as they would 
 latency.
 
 Overlap, and what it is worth, shows on a network whose transfers cost no processor time. Several processes on
-one
-machine have none: here they wait as such a network would have them wait, and do not work meanwhile.
+one machine have none: here they wait as such a network would have them wait, and do not work meanwhile.
 """
 
 from __future__ import annotations
@@ -50,12 +49,11 @@ class Traffic:
 @dataclass
 class SimulatedNetwork:
     r"""Within this context, exchanges of rows end no earlier than they would over a network interface that
-    sends and
-    receives :obj:`gbit` each, one exchange after the other. Without a limit exchanges are only watched.
+    sends and receives :obj:`gbit` each, one exchange after the other. Without a limit exchanges are only
+    watched.
 
     Every rank has an interface of its own. Transfers are timed from the moment at which this rank begins
-    them, so
-    ranks should enter it alike. Reductions, such as those of gradients, are not slowed down.
+    them, so ranks should enter it alike. Reductions, such as those of gradients, are not slowed down.
 
     Args:
         gbit: Bandwidth in each direction, Gbit/s; :obj:`None` for no limit.

@@ -127,8 +127,7 @@ def _number(env: Mapping[str, str], name: str, low: int, high: int, default: int
 
 def read_environment(env: Mapping[str, str] | None = None) -> Launch:
     r"""Reads what a launcher set: ``RANK``, ``WORLD_SIZE``, ``MASTER_PORT`` and, if there, ``LOCAL_RANK``,
-    ``LOCAL_WORLD_SIZE``
-    and ``MASTER_ADDR`` (loopback if not).
+    ``LOCAL_WORLD_SIZE`` and ``MASTER_ADDR`` (loopback if not).
 
     Args:
         env: The variables; :obj:`os.environ` by default.
@@ -212,8 +211,7 @@ def choose_backend(
 
 def _keep_to_this_machine(launch: Launch, allow_network: bool) -> None:
     r"""Binds gloo to loopback for workers of one machine; refuses a network nobody allowed: its traffic is
-    neither
-    authenticated nor encrypted."""
+    neither authenticated nor encrypted."""
     if launch.one_machine:
         if "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "lo" for _, name in socket.if_nameindex()):
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -255,10 +253,8 @@ def init(
         threads: Threads of this worker; by default this machine's cores divided by its workers, at least one.
         allocator: Whether to make large blocks cheap. If ``THP_MEM_ALLOC_ENABLE=1`` stood in the environment
             before the first tensor was made, torch uses huge pages and nothing is left to do. Otherwise glibc
-            is
-            told to keep large blocks rather than give each back and fault its pages in again; freed memory
-            then
-            stays with the process, which may come to hold twice what it uses.
+            is told to keep large blocks rather than give each back and fault its pages in again; freed memory
+            then stays with the process, which may come to hold twice what it uses.
         quiet: Whether rank 0 keeps from saying on standard error what was chosen.
         allow_network: Whether workers may be on several machines. Traffic between them is neither
             authenticated nor encrypted, so the network must be trusted or tunnelled. The environment's
