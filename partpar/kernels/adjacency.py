@@ -30,14 +30,13 @@ class Adjacency:
 
     Args:
         indptr (Tensor): int64 ``[num_dst + 1]``; the edges into ``i`` are those at
-        ``indptr[i]..indptr[i+1]-1``.
+            ``indptr[i]..indptr[i+1]-1``.
         indices (Tensor): int32 ``[E]``, the source of each edge (int64 is converted).
         num_src (int): The number of sources, below ``2**31``.
         num_dst (int): The number of destinations, below ``2**31``.
         edge_ids (Tensor, optional): int64 ``[E]``, the place of each edge in the list it was made from.
         check (bool, optional): If :obj:`False`, the arrays are trusted. Kernels do not check bounds, so this
-        is for
-            arrays made here. (default: :obj:`True`)
+            is for arrays made here. (default: :obj:`True`)
 
     Raises:
         GraphError: If the arrays do not fit each other or an index is out of bounds.

@@ -28,11 +28,9 @@ def aggregate_sum(
         adj (Adjacency): The edges.
         x (Tensor): ``[num_src, C]`` or ``[num_src, H, C]``.
         weight (Tensor, optional): ``[E]``, in the adjacency's order of edges; ``[E, H]`` if :obj:`x` has
-        heads. Its
-            gradient is computed only if it requires one. (default: :obj:`None`)
+            heads. Its gradient is computed only if it requires one. (default: :obj:`None`)
         out (Tensor, optional): Rows to add to, in place: the interior, say, when :obj:`adj` and :obj:`x` are
-        the
-            halo's. Differentiable as well. (default: :obj:`None`)
+            the halo's. Differentiable as well. (default: :obj:`None`)
 
     Returns:
         Tensor ``[num_dst, C]`` or ``[num_dst, H, C]``.
@@ -84,8 +82,7 @@ def aggregate_softmax(adj: Adjacency, x: Tensor, logits: Tensor, scale: Tensor |
         x (Tensor): ``[num_src, H, C]``.
         logits (Tensor): ``[E, H]``.
         scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a
-        constant.
-            (default: :obj:`None`)
+            constant. (default: :obj:`None`)
 
     Returns:
         Tensor ``[num_dst, H, C]``.
@@ -117,8 +114,7 @@ def aggregate_gat(
         a_edge (Tensor, optional): ``[E, H]``. (default: :obj:`None`)
         negative_slope (float, optional): Of the ``leaky_relu``. (default: :obj:`0.2`)
         scale (Tensor, optional): ``[E, H]`` or ``[E]``, multiplied to the softmax: a dropout mask. It is a
-        constant.
-            (default: :obj:`None`)
+            constant. (default: :obj:`None`)
 
     Returns:
         Tensor ``[num_dst, H, C]``.

@@ -57,8 +57,7 @@ def for_rows(
         width (int): The number of multiply-adds per entry, to judge whether threads are worth their start.
         args (tuple): What the body is given after ``lo, hi``.
         per_worker (sequence, optional): One scratch object for each of ``num_workers(...)`` threads, given to
-        the
-            body as its last argument. (default: :obj:`None`)
+            the body as its last argument. (default: :obj:`None`)
     """
     num_rows = len(indptr) - 1
     entries = int(indptr[-1])
