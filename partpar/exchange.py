@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ meter = Meter()
 # What begins an exchange of rows; a simulated network stands in for it.
 all_to_all: Callable[..., Any] = dist.all_to_all_single
 _own_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+_owned: WeakSet[ProcessGroup] = WeakSet()
 
 
 def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
@@ -74,6 +75,8 @@ def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
         )
     if dist.get_world_size(parent) == 1:
         return None
+    if parent in _owned:  # a route may be built on another one's group
+        return parent
     own = _own_groups.get(parent)
     if own is None:
         ranks = dist.get_process_group_ranks(parent)
@@ -81,7 +84,7 @@ def own_group(parent: ProcessGroup | None = None) -> ProcessGroup | None:
             ranks, timeout=_timeout(parent), backend=dist.get_backend(parent), use_local_synchronization=True
         )
         _own_groups[parent] = own
-        _own_groups[own] = own  # a route may be built beside another one's group
+        _owned.add(own)
     return own
 
 
