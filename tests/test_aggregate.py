@@ -251,3 +251,20 @@ def test_what_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(GraphError, match=said):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("columns", [(4,), (2, 2)])
+def test_the_interior_and_then_the_boundary(dtype: torch.dtype, columns: tuple[int, ...]) -> None:
+    r"""A sum is added to what another sum returned, in place, in every dtype."""
+    adj = large()
+    x = torch.randn(700, *columns, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    halves = adj.split(300)
+    out = aggregate.aggregate_sum(halves.owned, x[:300])
+    out = aggregate.aggregate_sum(halves.halo, x[300:], out=out)
+    whole = aggregate.aggregate_sum(adj, x.detach().double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert float((out.detach() - whole).abs().max() / whole.abs().max()) < tolerance
+    out.sum().backward()
+    counts = torch.bincount(adj.indices, minlength=700).view(-1, *[1] * len(columns))
+    assert x.grad is not None and torch.equal(x.grad.double(), counts.expand_as(x).to(dtype).double())
