@@ -263,7 +263,7 @@ def test_the_interior_and_then_the_boundary(dtype: torch.dtype, columns: tuple[i
     out = aggregate.aggregate_sum(halves.owned, x[:300])
     out = aggregate.aggregate_sum(halves.halo, x[300:], out=out)
     whole = aggregate.aggregate_sum(adj, x.detach().double())
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
     assert float((out.detach() - whole).abs().max() / whole.abs().max()) < tolerance
     out.sum().backward()
     counts = torch.bincount(adj.indices, minlength=700).view(-1, *[1] * len(columns))
