@@ -258,8 +258,8 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
 
     Args:
         name: ``"planted"`` or ``"karate"``, made here; ``"Cora"``, ``"CiteSeer"`` or ``"PubMed"``, which PyG
-            downloads;
-            ``"ogbn-..."``, which the package ``ogb`` downloads; or a path that ends in ``.npz`` or ``.pt``.
+            downloads; ``"ogbn-..."``, which the package ``ogb`` downloads; or a path that ends in
+            ``.npz`` or ``.pt``.
         folder: Where downloads are kept.
         options: Of :func:`planted`, :func:`karate` or :func:`from_npz`.
 

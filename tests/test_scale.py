@@ -38,9 +38,9 @@ def test_the_generated_graph_is_what_it_says(
     keys, back = (src * 4000 + dst).sort().values, (dst * 4000 + src).sort().values
     assert torch.equal(keys, back), "both directions of each edge"
     y = graph.node("dst")["y"]
-    # A community has one class, and an edge that goes anywhere comes back to it one time in four.
-    assert (y[src] == y[dst]).double().mean() == pytest.approx(0.85 + 0.02 / 4, abs=0.02)
-    assert y.bincount(minlength=16)[:4].tolist() == [1000] * 4
+    # A community has one class, and an edge that goes anywhere comes back to it one time in 16.
+    assert (y[src] == y[dst]).double().mean() == pytest.approx(0.95 + 0.01 / 16, abs=0.02)
+    assert y.bincount(minlength=16).tolist() == [400] * 4 + [200] * 12
     assert graph.node("dst")["train_mask"].double().mean() == pytest.approx(0.1, abs=0.02)
 
 
