@@ -259,6 +259,16 @@ class Route:
         elif wrong is not None:
             raise RouteError(wrong)
 
+    def refuse(self, wrong: str) -> None:
+        r"""Raises what this rank found wrong with its own input; on every rank, as long as calls are checked.
+
+        Raises:
+            RouteError: With :obj:`wrong`.
+        """
+        if self._checks.due():
+            exchange.agree(self.group, "refuse", {}, wrong)
+        raise RouteError(wrong)
+
     def sum_copies(self, x: Tensor) -> Tensor:
         r"""``reduce(x, "sum")`` without its checks."""
         if self.order is not None:

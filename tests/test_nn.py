@@ -2,6 +2,7 @@ r"""Layers and models: PyG's own in one process, and their exact pieces on sever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -452,3 +453,23 @@ def test_refuses_inputs_that_do_not_fit() -> None:
             layer(x, edges, turned)
     sage = nn.SAGEConv(8, 4).double()  # looks for no self-loops, so any order will do
     torch.testing.assert_close(sage(x, torch.stack([59 - edges[0], edges[1]]), turned), sage(x, edges))
+
+
+def short_case(worker: Worker) -> None:
+    data = directed_graph()
+    share = cut(data, assignments(60, worker.world_size)["even"], worker.rank, worker.group)
+    x = share.node("x")
+    nn.GCNConv(8, 6).double()(x[1:] if worker.rank == 1 else x, edges_of(share, "adj"), share.route)
+
+
+def test_rows_missing_on_one_rank_raise_on_every_rank(gang: Gang) -> None:
+    for error in gang.run_expecting_errors(short_case, 2):
+        assert error is not None
+        assert error[0] == RouteError.__name__
+        assert re.search(r"rank 1: GCNConv: expected \d+ rows \(one for each owned node\)", error[1])
+
+
+def test_a_forgotten_route_is_named() -> None:
+    adj = Adjacency.from_edge_index(torch.tensor([[0, 2], [0, 1]]), 3, 2)
+    with pytest.raises(RouteError, match=r"pass route=share.to_route\(\)"):
+        nn.SAGEConv(8, 6)(torch.ones(2, 8), adj)

@@ -404,3 +404,12 @@ def test_peak_memory_of_cutting(tmp_path: Path, num_parts: int) -> None:
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert out.returncode == 0, out.stderr
     assert int(out.stdout) <= 3 * size, f"{int(out.stdout) / size:.2f} times the graph"
+
+
+def test_wrong_arguments_are_named_where_a_partition_stands(tmp_path: Path) -> None:
+    graph = GraphData.from_pyg_data(directed_graph())
+    graph.partition_graph(tmp_path, 2)
+    with pytest.raises(PartitionError, match="found 'trainmask'"):
+        graph.partition_graph(tmp_path, 2, node_weight="trainmask")
+    with pytest.raises(PartitionError, match="'sede'"):
+        graph.partition_graph(tmp_path, 2, partition_kwargs={"sede": 1})

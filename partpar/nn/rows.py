@@ -135,13 +135,18 @@ def check_edges(
             f"{name}: expected x to be the [num_owned, channels] rows of the owned nodes, found {found}; the "
             f"route fetches the halo"
         )
+    if route is not None and x.size(0) != route.num_owned:
+        route.refuse(f"{name}: expected {route.num_owned} rows (one for each owned node), found {x.size(0)}")
     if isinstance(edge_index, Adjacency):
         num_src = x.size(0) if route is None else route.num_src
         if edge_index.num_dst != x.size(0) or edge_index.num_src != num_src:
-            raise RouteError(
+            found = (
                 f"{name}: expected the adjacency of {x.size(0)} owned nodes and {num_src} sources, found one of "
-                f"{edge_index.num_dst} and {edge_index.num_src}; pass share.adj() of the share whose rows and route these are"
+                f"{edge_index.num_dst} and {edge_index.num_src}; "
             )
+            if route is None:
+                raise RouteError(found + "a share with a halo needs its route: pass route=share.to_route()")
+            route.refuse(found + "pass share.adj() of the share whose rows and route these are")
         _check_per_edge(name, edge_index.num_edges, per_edge)
         return
     if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided:

@@ -64,12 +64,14 @@ def partition_graph(
     }
     digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
     folder = partition_folder(root, algorithm, num_parts)
-    if _stands(folder, digest, overwrite):
-        return folder
     seed = options.get("seed", 0)
     problem = make_problem(
         graph, num_parts, weights, edge_weight, seed if isinstance(seed, int) else _bad_seed(seed)
     )
+    if algorithm != GIVEN:
+        registry.check_options(algorithm, {k: v for k, v in options.items() if k != "seed"})
+    if _stands(folder, digest, overwrite):
+        return folder
     assignment = _assign(graph, problem, algorithm, options)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
