@@ -99,7 +99,7 @@ def draw(manifest: Manifest, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            "--plot needs matplotlib, which is not installed: pip install 'partpar[plot]'"
+            "--plot needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
     columns = {name: values for name, values in per_part(manifest.report).items() if values.sum() > 0}
     traffic = sum(np.array(nodes["traffic"]) for nodes in manifest.report["nodes"].values())
