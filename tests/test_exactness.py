@@ -283,10 +283,19 @@ def partitions(tmp_path_factory: pytest.TempPathFactory) -> Any:
 CASES = [(graph, algorithm, "edge_index") for graph in GRAPHS for algorithm in ALGORITHMS]
 CASES += [("directed", "given", way) for way in WAYS if way != "edge_index"]
 CASES += [("directed", "metis", "adj"), ("cora", "random", "kept"), ("citeseer", "ldg", "recompute")]
+# The rest of the matrix on real graphs, for which the core has no time.
+LONG = [("cora", algorithm, "edge_index") for algorithm in ("multi-constraint-metis", "ldg", "random")]
+LONG += [("citeseer", algorithm, "edge_index") for algorithm in ALGORITHMS if algorithm != "random"]
 
 
 @pytest.mark.filterwarnings("ignore:.*balance")
-@pytest.mark.parametrize(("graph", "algorithm", "way"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("graph", "algorithm", "way"),
+    [
+        pytest.param(*case, id="-".join(case), marks=pytest.mark.soak if case in LONG else ())
+        for case in CASES
+    ],
+)
 def test_training_is_that_of_one_process(
     gang: Gang, world_size: int, partitions: Any, graph: str, algorithm: str, way: str
 ) -> None:
