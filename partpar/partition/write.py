@@ -65,9 +65,9 @@ def partition_graph(
     digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
     folder = partition_folder(root, algorithm, num_parts)
     seed = options.get("seed", 0)
-    problem = make_problem(
-        graph, num_parts, weights, edge_weight, seed if isinstance(seed, int) else _bad_seed(seed)
-    )
+    if not isinstance(seed, int):
+        raise PartitionError(f"seed: expected an integer, found {seed!r}")
+    problem = make_problem(graph, num_parts, weights, edge_weight, seed)
     if algorithm != GIVEN:
         registry.check_options(algorithm, {k: v for k, v in options.items() if k != "seed"})
     if _stands(folder, digest, overwrite):
@@ -96,10 +96,6 @@ def _check_names(graph: GraphData) -> None:
                 raise GraphError(
                     f"attribute {name!r} of {frame.what}: shares use this name themselves; rename it"
                 )
-
-
-def _bad_seed(seed: Any) -> int:
-    raise PartitionError(f"seed: expected an integer, found {seed!r}")
 
 
 def _stands(folder: Path, digest: str, overwrite: bool) -> bool:
