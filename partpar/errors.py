@@ -31,3 +31,11 @@ class RouteError(PartparError, ValueError):
 
 class AgreementError(RouteError):
     r"""Ranks disagree on something that all of them must pass alike."""
+
+
+class SamplingError(PartparError, ValueError):
+    r"""Seeds, fan-outs, attributes or ids given to a sampler do not fit the graph or each other."""
+
+
+class IdError(RouteError, IndexError):
+    r"""An id is not that of a row."""
