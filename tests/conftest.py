@@ -27,3 +27,14 @@ def gang() -> Iterator[Gang]:
 def world_size(request: pytest.FixtureRequest) -> int:
     r"""1, 2, 3 and 4 ranks, or those that ``PARTPAR_TEST_WORLD_SIZES="2"`` names."""
     return int(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    r"""Tests marked ``core_on(2, 4)`` run on those numbers of ranks in the core, on others among the soak tests;
+    where ``PARTPAR_TEST_WORLD_SIZES`` names the numbers, on all of them."""
+    if "PARTPAR_TEST_WORLD_SIZES" in os.environ:
+        return
+    for item in items:
+        mark, call = item.get_closest_marker("core_on"), getattr(item, "callspec", None)
+        if mark is not None and call is not None and call.params["world_size"] not in mark.args:
+            item.add_marker(pytest.mark.soak)

@@ -206,6 +206,7 @@ def test_the_demo_fails_when_losses_differ(
     assert "the losses differ by up to 3.0e-06" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 def test_workers_that_fail_or_linger_are_reported_and_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,7 @@ def cora(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_gcn_learns_cora(gang: Gang, cora: str, workers: int) -> None:
     r"""Kipf and Welling (ICLR 2017) report 81.5 % on this split."""
     recipe = {

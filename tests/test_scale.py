@@ -58,6 +58,7 @@ def test_the_search_sees_tensors_arrays_and_what_lives_for_an_instant(scale: Mod
     assert watch.shapes == {(n,)}
 
 
+@pytest.mark.soak
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     words = [
         "--nodes",
