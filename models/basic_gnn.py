@@ -2,6 +2,7 @@ r"""What the models have in common: PyG's model zoo, one worker's rows at a time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,17 +81,19 @@ class BasicGNN(PyGBasicGNN):
     def forward(
         self,
         x: Tensor | SourceRows,
-        edge_index: Tensor | Adjacency,
+        edge_index: Tensor | Adjacency | Sequence[Adjacency],
         route: Route | None = None,
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
     ) -> Tensor:
-        r"""Runs the model on owned rows (collective).
+        r"""Runs the model on owned rows (collective), or on the blocks of a sampled batch.
 
         Args:
             x (torch.Tensor or SourceRows): ``[num_owned, in_channels]``, the rows of the owned nodes; constant rows
                 may come with their halo from :func:`~partpar.nn.keep_halo`, so that the first layer sends nothing.
-            edge_index (torch.Tensor or Adjacency): The share's edges: ``share.adj()``, the fast way, or ``[2, E]``.
+            edge_index (torch.Tensor or Adjacency): The share's edges: ``share.adj()``, the fast way, or ``[2, E]``. Or
+                the edges that each layer needs, as :func:`partpar.sampling.blocks` takes them from a sampled batch;
+                :obj:`x` then has a row for each of the batch's nodes, and the result one for each seed.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_weight (torch.Tensor, optional): ``[E]``, where layers support it.
             edge_attr (torch.Tensor, optional): ``[E, D]``, where layers support it.
@@ -111,16 +114,53 @@ class BasicGNN(PyGBasicGNN):
             if value is not None:
                 per_edge[name] = value
 
-        hidden: list[Tensor] = []
-        inputs: Tensor | SourceRows = x
-        for i in range(self.num_layers):
-            if self.recompute and torch.is_grad_enabled():
-                hidden.append(run_again(self._layer, i, inputs, edge_index, route, per_edge))
-            else:
-                hidden.append(self._layer(i, inputs, edge_index, route, per_edge))
-            inputs = hidden[-1]
-        out = self.jk(hidden) if hasattr(self, "jk") else hidden[-1]
+        if isinstance(edge_index, list | tuple):
+            return self._on_blocks(x, edge_index, route, per_edge)
+        again = self.recompute and torch.is_grad_enabled()
+        if again and not hasattr(self, "jk"):
+            out = self._span(0, self.num_layers, x, edge_index, route, per_edge)
+        else:
+            hidden: list[Tensor | SourceRows] = [x]
+            for i in range(self.num_layers):
+                layer = (i, hidden[-1], edge_index, route, per_edge)
+                hidden.append(run_again(self._layer, *layer) if again else self._layer(*layer))
+            out = self.jk(hidden[1:]) if hasattr(self, "jk") else hidden[-1]
         return self.lin(out) if hasattr(self, "lin") else out
+
+    def _on_blocks(
+        self, x: Tensor, blocks: Sequence[Adjacency], route: Route | None, per_edge: dict[str, Tensor]
+    ) -> Tensor:
+        """Each layer reads its own block, whose destinations are the sources of the next."""
+        if len(blocks) != self.num_layers or route is not None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a block for each of {self.num_layers} layers and no route, found "
+                f"{len(blocks)} and {'no' if route is None else 'a'} route; sample as many hops as there are layers"
+            )
+        hidden = [x]
+        for i, block in enumerate(blocks):  # the edges of a block are the first of the batch's
+            of_block = {name: values[: block.num_edges] for name, values in per_edge.items()}
+            hidden.append(self._layer(i, hidden[-1], block, None, of_block))
+        of_seeds = [rows[: hidden[-1].size(0)] for rows in hidden[1:]]
+        out: Tensor = self.jk(of_seeds) if hasattr(self, "jk") else of_seeds[-1]
+        return self.lin(out) if hasattr(self, "lin") else out
+
+    def _span(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | SourceRows,
+        edge_index: Tensor | Adjacency,
+        route: Route | None,
+        per_edge: dict[str, Tensor],
+    ) -> Tensor:
+        """Layers ``first`` to ``last - 1``, of which all but the last third are run again in the backward pass, and
+        each piece likewise: what is kept grows with the logarithm of the number of layers (Griewank, "Achieving
+        logarithmic growth of temporal and spatial complexity in reverse automatic differentiation", 1992)."""
+        if last - first == 1:
+            return self._layer(first, x, edge_index, route, per_edge)
+        middle = last - max(1, (last - first) // 3)
+        x = run_again(self._span, first, middle, x, edge_index, route, per_edge)
+        return self._span(middle, last, x, edge_index, route, per_edge)
 
     def _layer(
         self,

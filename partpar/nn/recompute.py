@@ -15,11 +15,20 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 class _Tape:
-    """What the first run drew from, in order, for the second to repeat."""
+    """What the first run drew from, in order, for the second to repeat. Where runs are nested, the first run of an
+    inner one may be part of an outer one's second, and then repeats that."""
 
-    def __init__(self) -> None:
+    def __init__(self, outer: _Tape | None) -> None:
+        self.outer = outer
         self.steps: list[int] = []
         self.replayed: int | None = None  # how many steps were read again; None in the first run
+
+    def step(self, advance: Callable[[], int]) -> int:
+        if self.replayed is None:
+            self.steps.append(advance() if self.outer is None else self.outer.step(advance))
+            return self.steps[-1]
+        self.replayed += 1
+        return self.steps[self.replayed - 1]
 
 
 _tape: ContextVar[_Tape | None] = ContextVar("partpar_recompute", default=None)
@@ -28,24 +37,22 @@ _tape: ContextVar[_Tape | None] = ContextVar("partpar_recompute", default=None)
 def recomputing() -> bool:
     r"""Whether this is the second run of a layer."""
     tape = _tape.get()
-    return tape is not None and tape.replayed is not None
+    while tape is not None:
+        if tape.replayed is not None:
+            return True
+        tape = tape.outer
+    return False
 
 
 def step_of(advance: Callable[[], int]) -> int:
     r"""The step that a counter-based draw belongs to: :obj:`advance` gives it in a first run, a second repeats it."""
     tape = _tape.get()
-    if tape is None:
-        return advance()
-    if tape.replayed is None:
-        tape.steps.append(advance())
-        return tape.steps[-1]
-    tape.replayed += 1
-    return tape.steps[tape.replayed - 1]
+    return advance() if tape is None else tape.step(advance)
 
 
 def run_again(function: Callable[..., Any], *args: Any) -> Any:
-    r"""Calls ``function(*args)`` and keeps only its arguments for the backward pass."""
-    tape = _Tape()
+    r"""Calls ``function(*args)`` and keeps only its arguments for the backward pass. Calls may be nested."""
+    tape = _Tape(_tape.get())
 
     @contextmanager
     def first() -> Iterator[None]:
