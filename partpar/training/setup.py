@@ -250,7 +250,8 @@ def init(
         device: ``"cpu"`` (default) or ``"cuda"``, which takes the GPU of the local rank.
         backend: ``"gloo"`` or ``"nccl"``; by default NCCL for GPUs that no two workers share, else gloo.
         timeout: Seconds after which a collective that some worker does not reach raises.
-        threads: Threads of this worker; by default this machine's cores divided by its workers, at least one.
+        threads: Threads of this worker; by default this machine's cores divided by its workers, at least one, or for
+            a process alone what ``OMP_NUM_THREADS`` says.
         allocator: Whether to make large blocks cheap. If ``THP_MEM_ALLOC_ENABLE=1`` stood in the environment
             before the first tensor was made, torch uses huge pages and nothing is left to do. Otherwise glibc
             is told to keep large blocks rather than give each back and fault its pages in again; freed memory
@@ -276,7 +277,8 @@ def init(
     if place.type == "cuda":
         torch.cuda.set_device(place)
     # partpar's own kernels ask torch for their number of threads.
-    torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
+    if threads is not None or launch.launched or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets that itself
+        torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
     blocks = _set_allocator() if allocator else "as the system sets it"
 
     if dist.is_initialized():
