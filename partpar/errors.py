@@ -39,3 +39,15 @@ class SamplingError(PartparError, ValueError):
 
 class IdError(RouteError, IndexError):
     r"""An id is not that of a row."""
+
+
+class ServiceError(PartparError, RuntimeError):
+    r"""The service of shares could not be started, or was asked for what it does not do."""
+
+
+class RemoteError(ServiceError):
+    r"""A verb failed at the part that was asked; the message holds the part's name and the traceback there."""
+
+
+class PeerLostError(ServiceError, ConnectionError):
+    r"""A part that was asked did not answer in time, or is gone; the message holds its name."""
