@@ -72,7 +72,7 @@ class RouteInFlight:
 
     def wait(self) -> Tensor:
         r"""Awaits the halo and returns what :meth:`Route.apply` would: ``[num_src, *]``."""
-        out = _join(self._x, self.wait_halo())
+        out = join(self._x, self.wait_halo())
         return out if self._route.order is None else out.index_select(0, self._route.order)
 
 
@@ -204,7 +204,7 @@ def _max_into(out: Tensor, index: Tensor, rows: Tensor, include_self: bool) -> N
     out.scatter_reduce_(0, index, rows, "amax", include_self=include_self)
 
 
-def _join(owned: Tensor, halo: Tensor) -> Tensor:
+def join(owned: Tensor, halo: Tensor) -> Tensor:
     """Owned rows, then halo. ``torch.cat`` takes no gradient to an empty 1-dimensional tensor, and a rank that owns
     nothing would then miss the backward exchange."""
     if owned.dim() == 1:

@@ -2,9 +2,9 @@ r"""GraphData: the whole graph, or one worker's share of it; how it comes and wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch_geometric.data import Data, HeteroData
 
+    from partpar.graph.snapshots import Snapshot
+    from partpar.graph.structure import EdgeType
+    from partpar.hetero_route import HeteroRoute
     from partpar.route import Route
 
 
@@ -131,10 +134,13 @@ class GraphData(TypedGraph):
         root: str | Path,
         num_parts: int,
         node_weight: str | list[str] | None = None,
-        edge_weight: str | None = None,
+        edge_weight: str | Mapping[EdgeType, float | str] | None = None,
         algorithm: str = "metis",
         partition_kwargs: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        time_attr: str | None = None,
+        num_snapshots: int | None = None,
+        boundaries: Sequence[float] | None = None,
     ) -> Path:
         r"""Cuts the graph into shares and writes them to ``root/{algorithm}_{num_parts}``.
 
@@ -142,12 +148,19 @@ class GraphData(TypedGraph):
             root: Folder of the partitions of this graph.
             num_parts: Number of parts, one for each worker.
             node_weight: What to balance over the parts: the name of a node attribute (number or bool, ``[num_nodes]``),
-                ``"#nodes"`` or ``"#in_edges"``; several make several constraints.
-            edge_weight: Name of an edge attribute that says what cutting an edge costs.
+                ``"#nodes"`` or ``"#in_edges"``; several make several constraints. Of a typed graph, ``"NAME:TYPE"`` is
+                the nodes of that type alone, and ``"NAME:*"`` makes a constraint for each type that has it:
+                ``["#nodes:*", "train_mask:*"]`` spreads every node type and every labelled set evenly, but for those
+                of fewer than 100 nodes, which the report names.
+            edge_weight: Name of an edge attribute that says what cutting an edge costs; or for each edge type a number
+                that all its edges weigh, or such a name. An edge without a weight weighs 1.
             algorithm: ``"metis"``, ``"multi-constraint-metis"``, ``"ldg"`` (or ``"lgd"``), ``"random"``, or
                 ``"given"`` with ``partition_kwargs={"assignment": part of each node}``.
             partition_kwargs: Further arguments of the algorithm, among them ``seed``.
             overwrite: Replace a partition that stands there and was made from another input or by other arguments.
+            time_attr: Name of an edge attribute ``[E]`` that is the time of an edge: shares then have :meth:`snapshots`.
+            num_snapshots: Into how many windows of equal length the time from first to last edge is divided.
+            boundaries: Or where the windows lie: rising numbers, one more than windows. Edges outside are in no snapshot.
 
         Returns:
             The partition's folder. If it holds this very partition already, nothing is done.
@@ -168,18 +181,45 @@ class GraphData(TypedGraph):
             algorithm,
             dict(partition_kwargs or {}),
             overwrite,
+            time_attr,
+            num_snapshots,
+            boundaries,
         )
 
-    def to_route(self, group: ProcessGroup | None = None, node_type: str | None = None) -> Route:
+    @overload
+    def to_route(self, group: ProcessGroup | None = None, *, node_type: str) -> Route: ...
+
+    @overload
+    def to_route(self, group: ProcessGroup | None = None, node_type: None = None) -> Any: ...
+
+    def to_route(
+        self, group: ProcessGroup | None = None, node_type: str | None = None
+    ) -> Route | HeteroRoute:
         r"""The plan that carries rows between the owners and the halos of all shares (collective).
 
         Args:
             group: Process group with one rank for each part; by default all processes.
-            node_type: Whose rows; may be left out where there is one type.
+            node_type: Whose rows; by default those of all types.
+
+        Returns:
+            A :class:`~partpar.Route` for one type; a :class:`~partpar.HeteroRoute` for all types of a typed share.
         """
+        if node_type is None and len(self._nodes) > 1:
+            from partpar.graph.select import mark, sources_of
+            from partpar.hetero_route import HeteroRoute
+
+            relations = {}
+            for edge_type in self.edge_types:
+                num_src = self._sources[edge_type[0]].num_rows
+                needed = torch.zeros(num_src, dtype=torch.bool, device=self.device)
+                mark(needed, sources_of(self._structure[edge_type]))
+                relations[edge_type] = needed
+            return HeteroRoute({t: self._route_of(t, group) for t in self.node_types}, relations)
+        return self._route_of(self._node_type(node_type), group)
+
+    def _route_of(self, name: str, group: ProcessGroup | None) -> Route:
         from partpar.route import Route
 
-        name = self._node_type(node_type)
         dst, src = self._nodes[name], self._sources[name]
         if self._part is not None:
             offsets = self._part.offsets[name]
@@ -192,6 +232,31 @@ class GraphData(TypedGraph):
             raw_ids = dst["raw_ids"] if "raw_ids" in dst else torch.arange(dst.num_rows)
             return Route.from_raw_ids(raw_ids.cpu(), raw_ids.cpu(), group).to(self.device)
         return Route.from_raw_ids(src["raw_ids"].cpu(), dst["raw_ids"].cpu(), group).to(self.device)
+
+    def edge_type_subgraph(self, edge_types: list[EdgeType]) -> GraphData:
+        r"""The graph of some edge types alone. A share's halo shrinks to what they need, so that rows travel only to
+        where one of these relations needs them; all node types stay.
+
+        Args:
+            edge_types: Those to keep.
+        """
+        from partpar.graph.select import edge_type_subgraph
+
+        return edge_type_subgraph(self, edge_types)
+
+    def snapshots(self, group: ProcessGroup | None = None) -> list[Snapshot]:
+        r"""The windows of time of a share that was cut with :obj:`time_attr`, each with its edges, the halo that these
+        need and a route (collective).
+
+        Args:
+            group: As for :meth:`to_route`.
+
+        Raises:
+            GraphError: The partition has no windows.
+        """
+        from partpar.graph.snapshots import snapshots
+
+        return snapshots(self, group)
 
     def validate(self, allow_nan: bool = False, num_classes: int | None = None) -> None:
         r"""Raises :class:`~partpar.errors.GraphError` that counts what is wrong and names the first offender.

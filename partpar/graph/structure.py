@@ -34,6 +34,26 @@ class CSC:
 
 
 @dataclass(frozen=True)
+class Windows:
+    r"""How edges fall into snapshots: window ``k`` holds the times from ``boundaries[k]`` up to, but without,
+    ``boundaries[k + 1]``; the last one holds its end too. Edges of a type without the attribute are in all of them.
+
+    Args:
+        time_attr: The edge attribute that is an edge's time.
+        boundaries: Rising numbers, one more than windows.
+    """
+
+    time_attr: str
+    boundaries: tuple[float, ...]
+
+    def mask(self, window: int, time: Tensor) -> Tensor:
+        r"""``[E]`` bool: which edges are in a window."""
+        start, end = self.boundaries[window : window + 2]
+        before_end = time <= end if window == len(self.boundaries) - 2 else time < end
+        return (time >= start) & before_end
+
+
+@dataclass(frozen=True)
 class Part:
     r"""Which piece of which partition a share is. Part p owns ids ``offsets[type][p]`` to ``offsets[type][p + 1] - 1``."""
 
@@ -41,3 +61,4 @@ class Part:
     num_parts: int
     offsets: Mapping[str, Tensor]
     run_id: str
+    windows: Windows | None = None

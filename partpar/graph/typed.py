@@ -170,6 +170,18 @@ class TypedGraph:
             )
         return self._adjacencies[name]
 
+    def collect(self, name: str) -> dict[str, Tensor]:
+        r"""One attribute of the owned nodes of every type that has it, such as ``collect("x")``."""
+        return {t: frame[name] for t, frame in self._nodes.items() if name in frame}
+
+    def edge_index_dict(self) -> dict[EdgeType, Tensor]:
+        r""":meth:`edge_index` of every edge type."""
+        return {t: self.edge_index(t) for t in self._edges}
+
+    def adj_dict(self) -> dict[EdgeType, Adjacency]:
+        r""":meth:`adj` of every edge type."""
+        return {t: self.adj(t) for t in self._edges}
+
     def to(self, device: torch.device | str) -> Self:
         r"""The same graph on another device; an attribute is moved when it is first read."""
         whole = self._sources is self._nodes

@@ -70,9 +70,8 @@ def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | No
     if manifest.meta_file is not None:
         meta_file = _TensorFile(folder, manifest.meta_file, manifest.run_id, verify)
         meta.update({name: meta_file.read(name) for name in manifest.meta_file.tensors})
-    return GraphData(
-        nodes, edges, structure, meta, sources, Part(part_id, manifest.num_parts, offsets, manifest.run_id)
-    )
+    part = Part(part_id, manifest.num_parts, offsets, manifest.run_id, manifest.windows)
+    return GraphData(nodes, edges, structure, meta, sources, part)
 
 
 def _node_frames(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from partpar.errors import MissingPartitionError, PartitionFileError
-from partpar.graph import EdgeType
+from partpar.graph import EdgeType, Windows
 from partpar.partition.layout import FORMAT, FORMAT_VERSION, MANIFEST
 
 _MAX_BYTES = 1 << 28
@@ -41,6 +41,7 @@ class Manifest:
         meta: Plain values of the graph as a whole.
         meta_file: The file of its tensors, if there are any.
         report: The quality report, see :mod:`partpar.partition.report`.
+        windows: Of time, if the graph is temporal.
     """
 
     run_id: str
@@ -53,6 +54,7 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)
     meta_file: FileRecord | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    windows: Windows | None = None
 
     def to_json(self) -> str:
         return (
@@ -128,7 +130,17 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         meta=_mapping(raw["meta"]),
         meta_file=None if raw["meta_file"] is None else _record(raw["meta_file"]),
         report=_mapping(raw["report"]),
+        windows=_windows(raw.get("windows")),  # older partitions have none
     )
+
+
+def _windows(raw: Any) -> Windows | None:
+    if raw is None:
+        return None
+    boundaries = tuple(raw["boundaries"])
+    if len(boundaries) < 2 or not all(type(b) in (int, float) for b in boundaries):
+        raise ValueError(f"expected at least 2 numbers as boundaries of windows, found {boundaries[:8]}")
+    return Windows(_text(raw["time_attr"]), boundaries)
 
 
 def _record(raw: dict[str, Any]) -> FileRecord:

@@ -2,10 +2,12 @@ r"""Cutting a whole graph and writing its shares: all or nothing."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from partpar.errors import GraphError, PartitionError, PartitionExistsError, PartitionFileError
-from partpar.graph import GraphData
+from partpar.graph import EdgeType, GraphData, Windows
 from partpar.graph.validate import validate_structure
 from partpar.partition import registry
 from partpar.partition.cut import cut_share, plan_cut
@@ -23,7 +25,8 @@ from partpar.partition.digest import file_digest, run_id
 from partpar.partition.layout import FORMAT_VERSION, MANIFEST, META, RESERVED, partition_folder, share_file
 from partpar.partition.manifest import FileRecord, Manifest, describe, read_manifest
 from partpar.partition.report import quality_report
-from partpar.partition.weights import make_problem
+from partpar.partition.weights import expand, make_problem
+from partpar.partition.windows import make_windows
 
 GIVEN = "given"  # the caller's own assignment
 
@@ -38,10 +41,13 @@ def partition_graph(
     root: str | Path,
     num_parts: int,
     node_weight: str | list[str] | None,
-    edge_weight: str | None,
+    edge_weight: str | Mapping[EdgeType, float | str] | None,
     algorithm: str,
     options: dict[str, Any],
     overwrite: bool,
+    time_attr: str | None = None,
+    num_snapshots: int | None = None,
+    boundaries: Sequence[float] | None = None,
 ) -> Path:
     """See :meth:`partpar.GraphData.partition_graph`."""
     algorithm = canonical(algorithm)
@@ -59,20 +65,26 @@ def partition_graph(
         "num_parts": num_parts,
         "algorithm": algorithm,
         "node_weight": weights,
-        "edge_weight": edge_weight,
+        "edge_weight": {"__".join(e): w for e, w in edge_weight.items()}
+        if isinstance(edge_weight, Mapping)
+        else edge_weight,
         "options": options,
     }
+    windows = make_windows(graph, time_attr, num_snapshots, boundaries)
+    if windows is not None:
+        arguments["windows"] = asdict(windows)
     digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
     folder = partition_folder(root, algorithm, num_parts)
     seed = options.get("seed", 0)
     if not isinstance(seed, int):
         raise PartitionError(f"seed: expected an integer, found {seed!r}")
     problem = make_problem(graph, num_parts, weights, edge_weight, seed)
+    special = {k: v for k, v in options.items() if k != "seed"}
     if algorithm != GIVEN:
-        registry.check_options(algorithm, {k: v for k, v in options.items() if k != "seed"})
-    if _stands(folder, digest, overwrite):
+        registry.check_options(algorithm, special)
+    if _stands(folder, digest, arguments, overwrite):
         return folder
-    assignment = _assign(graph, problem, algorithm, options)
+    assignment = _assign(graph, problem, algorithm, special)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -82,8 +94,8 @@ def partition_graph(
             name: np.bincount(assignment, np.asarray(w, dtype=np.float64), num_parts)
             for name, w in problem.node_weights.items()
         }
-        _write_all(graph, scratch, _by_type(graph, assignment), constraints, digest, arguments)
-        _publish(scratch, folder, digest, overwrite)
+        _write_all(graph, scratch, _by_type(graph, assignment), constraints, digest, arguments, windows)
+        _publish(scratch, folder, digest, arguments, overwrite)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -98,21 +110,35 @@ def _check_names(graph: GraphData) -> None:
                 )
 
 
-def _stands(folder: Path, digest: str, overwrite: bool) -> bool:
+def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as a manifest keeps them: a given assignment is an array, told by the run id alone."""
+    options = {k: v for k, v in arguments["options"].items() if k != "assignment"}
+    return {**{k: arguments[k] for k in ("node_weight", "edge_weight")}, "options": options}
+
+
+def _stands(folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether this very partition is there already; raises where another one may not be replaced."""
     if not folder.exists():
         return False
     try:
-        found = read_manifest(folder).run_id
+        manifest = read_manifest(folder)
     except PartitionFileError as error:
         found = f"an unreadable one ({error})"
-    if found == digest:
-        return True
+    else:
+        if manifest.run_id == digest:
+            return True
+        recorded = json.loads(json.dumps(_recorded(arguments)))
+        differ = [
+            f"{name} {manifest.arguments[name]!r} instead of {value!r}"
+            for name, value in recorded.items()
+            if name in manifest.arguments and manifest.arguments[name] != value
+        ]
+        found = f"one made with {', '.join(differ)}" if differ else "one made from another graph"
     if overwrite:
         return False
     raise PartitionExistsError(
-        f"{folder}: expected no partition, or that of this graph and these arguments (run id {digest}); found {found}; "
-        f"pass overwrite=True to replace it, or another root"
+        f"{folder}: expected no partition, or that of this graph and these arguments; found {found}; pass "
+        "overwrite=True (--overwrite on the command line) to replace it, or another root"
     )
 
 
@@ -120,9 +146,9 @@ def _assign(
     graph: GraphData, problem: registry.Problem, algorithm: str, options: dict[str, Any]
 ) -> np.ndarray:
     if algorithm != GIVEN:
-        return registry.assign(algorithm, problem, **{k: v for k, v in options.items() if k != "seed"})
+        return registry.assign(algorithm, problem, **options)
     given = options.get("assignment")
-    if given is None or set(options) - {"assignment", "seed"}:
+    if given is None or set(options) - {"assignment"}:
         raise PartitionError(
             f"algorithm 'given': expected partition_kwargs={{'assignment': …}}, found {sorted(options)}"
         )
@@ -156,6 +182,7 @@ def _write_all(
     constraints: dict[str, np.ndarray],
     digest: str,
     arguments: dict[str, Any],
+    windows: Windows | None,
 ) -> None:
     num_parts = arguments["num_parts"]
     cut = plan_cut(graph, assignment, num_parts)
@@ -169,22 +196,21 @@ def _write_all(
     widths = {t: graph.node(t)["x"].shape[1:].numel() for t in graph.node_types if "x" in graph.node(t)}
     owned = {t: torch.tensor([c.owned[t] for c in counts]) for t in graph.node_types}
     edges = {e: torch.tensor([c.edges[e] for c in counts]) for e in graph.edge_types}
-    options = {k: v for k, v in arguments["options"].items() if k != "assignment"}
     manifest = Manifest(
         run_id=digest,
         num_parts=num_parts,
         algorithm=arguments["algorithm"],
-        arguments={
-            "node_weight": arguments["node_weight"],
-            "edge_weight": arguments["edge_weight"],
-            "options": options,
-        },
+        arguments=_recorded(arguments),
         node_offsets={t: [0, *n.cumsum(0).tolist()] for t, n in owned.items()},
         edge_types=[(e, [0, *n.cumsum(0).tolist()]) for e, n in edges.items()],
         shares=shares,
         meta={k: v for k, v in meta.items() if k not in meta_tensors},
         meta_file=_write_tensors(scratch / META, meta_tensors, digest) if meta_tensors else None,
-        report=quality_report(counts, constraints, widths),
+        report={
+            **quality_report(counts, constraints, widths),
+            "left_out": expand(graph, arguments["node_weight"])[1],
+        },
+        windows=windows,
     )
     path = scratch / MANIFEST
     path.write_text(manifest.to_json())
@@ -199,7 +225,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], digest: str) -> FileR
     return FileRecord(path.name, path.stat().st_size, file_digest(path), describe(tensors))
 
 
-def _publish(scratch: Path, folder: Path, digest: str, overwrite: bool) -> None:
+def _publish(scratch: Path, folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: bool) -> None:
     """Makes the partition visible in one rename; what stood there goes only once it is replaced."""
     old = None
     if folder.exists() and overwrite:
@@ -210,7 +236,7 @@ def _publish(scratch: Path, folder: Path, digest: str, overwrite: bool) -> None:
     except OSError:
         if old is not None:
             os.rename(old / "partition", folder)
-        elif not (folder.exists() and _stands(folder, digest, overwrite=False)):
+        elif not (folder.exists() and _stands(folder, digest, arguments, overwrite=False)):
             raise
     _sync(folder.parent)
     if old is not None:
