@@ -72,7 +72,7 @@ def from_raw_ids(src_ids: Tensor, dst_ids: Tensor, group: ProcessGroup | None) -
 
     # Everyone tells the directory what it owns: the sender is the owner, the position is the row.
     owned_ids, owned_rows = dst_ids.sort()
-    entries, entry_owner = _post(torch.stack([owned_ids, owned_rows], 1), _home(owned_ids, world_size), group)
+    entries, entry_owner = _post(torch.stack([owned_ids, owned_rows], 1), home_of(owned_ids, world_size), group)
     by_id = entries[:, 0].argsort(stable=True)
     entries, entry_owner = entries[by_id], entry_owner[by_id]
     twice = (entries[1:, 0] == entries[:-1, 0]).nonzero().flatten()
@@ -87,7 +87,7 @@ def from_raw_ids(src_ids: Tensor, dst_ids: Tensor, group: ProcessGroup | None) -
     wanted = src_ids.unique()
     at = torch.searchsorted(owned_ids, wanted).clamp_(max=max(owned_ids.numel() - 1, 0))
     halo_ids = wanted[owned_ids[at] != wanted] if owned_ids.numel() else wanted
-    home = _home(halo_ids, world_size)
+    home = home_of(halo_ids, world_size)
     by_home = home.argsort(stable=True)
     halo_ids = halo_ids[by_home]
     splits = torch.bincount(home, minlength=world_size).tolist()
@@ -129,7 +129,7 @@ def _post(rows: Tensor, to: Tensor, group: ProcessGroup | None) -> tuple[Tensor,
     return received, torch.repeat_interleave(torch.arange(world_size), torch.tensor(splits))
 
 
-def _home(ids: Tensor, world_size: int) -> Tensor:
+def home_of(ids: Tensor, world_size: int) -> Tensor:
     """The rank that keeps an id's entry: mixed first, so that strided ids spread evenly."""
     mixed = (ids ^ (ids >> 31)) * 0x2545F4914F6CDD1D
     return (mixed ^ (mixed >> 29)).remainder(world_size)
