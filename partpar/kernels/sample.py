@@ -186,7 +186,10 @@ def draw_weighted(
             if found < fanout:
                 hole, found = found, found + 1
                 while hole > 0 and waits[(hole - 1) // 2] < wait:
-                    waits[hole], positions[at + hole] = waits[(hole - 1) // 2], positions[at + (hole - 1) // 2]
+                    waits[hole], positions[at + hole] = (
+                        waits[(hole - 1) // 2],
+                        positions[at + (hole - 1) // 2],
+                    )
                     hole = (hole - 1) // 2
             elif found > 0 and wait < waits[0]:
                 hole = 0
@@ -242,19 +245,21 @@ def draw_weighted_again(
 
 
 @njit(nogil=True, cache=True)
+def reorder(positions: np.ndarray, order: np.ndarray) -> None:
+    """Positions among the edges in an order become positions among the edges themselves."""
+    for i in range(positions.shape[0]):
+        positions[i] = order[positions[i]]
+
+
+@njit(nogil=True, cache=True)
 def gather(
-    positions: np.ndarray,
-    order: np.ndarray,
-    indices: np.ndarray,
-    ids: np.ndarray,
-    raw_ids: np.ndarray,
-    edge_ids: np.ndarray,
+    positions: np.ndarray, indices: np.ndarray, ids: np.ndarray, raw_ids: np.ndarray, edge_ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and raw ids of the neighbours, and raw edge ids, of drawn positions."""
+    """Ids and raw ids of the neighbours, and raw ids of the edges, at drawn positions."""
     m = positions.shape[0]
     out = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.int64)
     for i in range(m):
-        edge = order[positions[i]] if order.shape[0] else positions[i]
+        edge = positions[i]
         row = indices[edge]
         out[0][i], out[1][i], out[2][i] = ids[row], raw_ids[row], edge_ids[edge]
     return out

@@ -87,10 +87,14 @@ def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
             if request.temporal_strategy == "last" and request.fanout >= 0:
                 sample.shrink_to_last(lo, hi, request.fanout)
     positions, counts = _draw(share, request, edges, rows.numpy(), lo, hi, order)
-    drawn = sample.gather(
-        positions, order, edges.indices, edges.src_ids, edges.src_raw_ids, edges.edge_ids
+    if order is not _NONE:
+        sample.reorder(positions, order)
+    drawn = sample.gather(positions, edges.indices, edges.src_ids, edges.src_raw_ids, edges.edge_ids)
+    return HopReply(
+        *(torch.from_numpy(column) for column in drawn),
+        torch.from_numpy(counts),
+        torch.from_numpy(_ids(share.edge(edge_type), "ids")[positions]) if request.with_edge_rows else None,
     )
-    return HopReply(*(torch.from_numpy(column) for column in drawn), torch.from_numpy(counts))
 
 
 def _draw(
@@ -108,10 +112,12 @@ def _draw(
     if request.disjoint_ids is not None:
         _check_rows("disjoint_ids", request.disjoint_ids, rows.shape[0])
         sample.split_streams(streams, request.disjoint_ids.numpy())
-    if request.weight_attr is None:
+    weights = None
+    if request.weight_attr is not None:
+        weights = _weights_of(share, request.edge_type, edges, request.weight_attr)
+    if weights is None:
         uniform = sample.draw_uniform_again if request.replace else sample.draw_uniform
         return uniform(lo, hi, streams, request.fanout)
-    weights = _weights_of(share, request.edge_type, edges, request.weight_attr)
     weighted = sample.draw_weighted_again if request.replace else sample.draw_weighted
     return weighted(lo, hi, streams, request.fanout, order, weights)
 
@@ -146,11 +152,13 @@ def _ids(frame: Frame, name: str) -> np.ndarray:
     return (frame[name] if name in frame else torch.arange(frame.num_rows)).numpy()
 
 
-def _weights_of(share: GraphData, edge_type: EdgeType, edges: _Edges, name: str) -> np.ndarray:
+def _weights_of(share: GraphData, edge_type: EdgeType, edges: _Edges, name: str) -> np.ndarray | None:
     if name not in edges.weights:
         frame = share.edge(edge_type)
         if name not in frame:
-            raise SamplingError(f"weight_attr: expected an attribute of {frame.what}, found none called {name!r}")
+            if not any(name in share.edge(other) for other in share.edge_types):
+                raise SamplingError(f"weight_attr: expected an edge attribute, found none called {name!r}")
+            return None  # of several edge types, those that have no weights are drawn uniformly
         weights = frame[name]
         if weights.dim() != 1 or weights.dtype.is_complex:
             raise SamplingError(
@@ -163,7 +171,9 @@ def _weights_of(share: GraphData, edge_type: EdgeType, edges: _Edges, name: str)
                 f"weight_attr {name!r} of {frame.what}: expected finite numbers of at least 0, found others"
             )
         # Two dtypes are enough for the kernels to be compiled for.
-        edges.weights[name] = (weights if weights.dtype == torch.float64 else weights.to(torch.float32)).numpy()
+        edges.weights[name] = (
+            weights if weights.dtype == torch.float64 else weights.to(torch.float32)
+        ).numpy()
     return edges.weights[name]
 
 
@@ -175,10 +185,8 @@ def _times_of(
         if times is None:
             edges.times[name] = None
         else:
-            num_edges = edges.indices.shape[0]
             dst = np.repeat(np.arange(edges.indptr.shape[0] - 1), np.diff(edges.indptr))
             order = np.lexsort((times, dst))  # stable: what is of one time stays in the order of raw ids
-            assert order.shape[0] == num_edges
             edges.times[name] = order, times[order]
     return edges.times[name]
 
@@ -190,7 +198,10 @@ def _edge_times(share: GraphData, edge_type: EdgeType, name: str) -> np.ndarray 
         return _time_column(frame, name)
     owned, sources = share.node(src_type), share.node(src_type, "src")
     if name not in owned:
-        return None
+        frames = [share.node(t) for t in share.node_types] + [share.edge(t) for t in share.edge_types]
+        if not any(name in other for other in frames):
+            raise SamplingError(f"time_attr: expected a node or edge attribute, found none called {name!r}")
+        return None  # of several types, those without times restrict nothing
     if name not in sources and sources.num_rows > owned.num_rows:
         raise SamplingError(
             f"time_attr {name!r}: expected it for the halo of type {src_type!r} as well; "

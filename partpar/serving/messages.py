@@ -74,6 +74,7 @@ class HopRequest(_Message):
         times: ``[n]`` int64, for each row the latest time that a neighbour may have; goes with :obj:`time_attr`.
         disjoint_ids: ``[n]`` int64, the raw id of the seed that a row is sampled for, so that trees of different seeds
             are drawn independently.
+        with_edge_rows: Whether the reply says where the edges stand, which finds their attributes without a search.
     """
 
     edge_type: EdgeType
@@ -86,6 +87,7 @@ class HopRequest(_Message):
     temporal_strategy: str = "uniform"
     times: Tensor | None = None
     disjoint_ids: Tensor | None = None
+    with_edge_rows: bool = False
 
     def take(self, index: Tensor) -> HopRequest:
         r"""The request for some of the rows: what one owner is asked."""
@@ -106,18 +108,22 @@ class HopReply(_Message):
         raw_ids: ``[m]`` int64, their raw ids.
         edge_ids: ``[m]`` int64, the raw ids of the edges that lead to them.
         counts: ``[n]`` int64, how many belong to each row; they sum to ``m``.
+        edge_rows: ``[m]`` int64, the ids of the edges after renumbering, if asked for: part p's follow each other in the
+            order of its share, ``share.edge(type)["ids"]``.
     """
 
     ids: Tensor
     raw_ids: Tensor
     edge_ids: Tensor
     counts: Tensor
+    edge_rows: Tensor | None = None
 
     @classmethod
-    def empty(cls, num_rows: int = 0) -> HopReply:
+    def empty(cls, num_rows: int = 0, with_edge_rows: bool = False) -> HopReply:
         r"""No neighbours for any of the rows."""
         none = torch.empty(0, dtype=torch.int64)
-        return cls(none, none, none, torch.zeros(num_rows, dtype=torch.int64))
+        counts = torch.zeros(num_rows, dtype=torch.int64)
+        return cls(none, none, none, counts, none if with_edge_rows else None)
 
     @classmethod
     def merge(cls, replies: Sequence[HopReply], index: Sequence[Tensor], num_rows: int) -> HopReply:
@@ -134,9 +140,11 @@ class HopReply(_Message):
             if num_rows < 2 or bool((at[1:] > at[:-1]).all()):  # all rows in order: nothing to move
                 return replies[0]
         columns, counts = interleave(
-            [(reply.ids, reply.raw_ids, reply.edge_ids) for reply in replies],
-            [reply.counts for reply in replies],
-            index,
-            num_rows,
+            [reply._columns() for reply in replies], [r.counts for r in replies], index, num_rows
         )
-        return cls(*columns, counts)
+        ids, raw_ids, edge_ids, *edge_rows = columns
+        return cls(ids, raw_ids, edge_ids, counts, *edge_rows)
+
+    def _columns(self) -> list[Tensor]:
+        columns = [self.ids, self.raw_ids, self.edge_ids]
+        return columns if self.edge_rows is None else [*columns, self.edge_rows]

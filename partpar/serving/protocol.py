@@ -46,6 +46,10 @@ class SamplingService(Protocol):
         r"""The ids after renumbering of raw ids ``[n]`` int64. Only negative sampling asks for it."""
         ...
 
+    def has_node_attr(self, node_type: str, name: str) -> bool:
+        r"""Whether nodes of a type have an attribute. Only temporal negative sampling asks for it."""
+        ...
+
     def node_rows(self, node_type: str, name: str, ids: Tensor) -> Tensor:
         r"""Rows of a node attribute by ids after renumbering. Only temporal negative sampling asks for it."""
         ...
