@@ -1,0 +1,28 @@
+r"""Tensors with a row for each node that no worker holds whole, and embeddings trained on them."""
+
+from partpar.sharded.embedding import DistEmbedding, lookup
+from partpar.sharded.initializers import Constant, Normal, Uniform, xavier_uniform
+from partpar.sharded.optim import SparseAdagrad, SparseAdam, SparseOptimizer, SparseSGD
+from partpar.sharded.policy import PartPolicy, edge_policy, even_policy, node_policy
+from partpar.sharded.split import edge_split, node_split
+from partpar.sharded.tensor import DistTensor
+
+__all__ = [
+    "Constant",
+    "DistEmbedding",
+    "DistTensor",
+    "Normal",
+    "PartPolicy",
+    "SparseAdagrad",
+    "SparseAdam",
+    "SparseOptimizer",
+    "SparseSGD",
+    "Uniform",
+    "edge_policy",
+    "edge_split",
+    "even_policy",
+    "lookup",
+    "node_policy",
+    "node_split",
+    "xavier_uniform",
+]

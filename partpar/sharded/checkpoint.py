@@ -1,0 +1,91 @@
+r"""Shards in the form that :mod:`torch.distributed.checkpoint` saves and loads, onto any number of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from partpar.errors import RouteError
+from partpar.sharded.shard import Shard
+
+
+class ShardedRows(Tensor):
+    r"""Stands in a ``state_dict`` for the rows of all workers; :attr:`local` are those of this one.
+
+    It has the shape of the whole and knows how to be saved, loaded, detached and cloned, and nothing else.
+    """
+
+    local: Tensor
+    first_id: int
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, local: Tensor, first_id: int) -> ShardedRows:
+        self: ShardedRows = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype)  # type: ignore[attr-defined]
+        self.local, self.first_id = local, first_id
+        return self
+
+    @classmethod
+    def of(cls, shard: Shard, rows: Tensor | None = None) -> ShardedRows:
+        r"""The rows of a shard, or others that are laid out like them; not a copy."""
+        local = shard.rows if rows is None else rows
+        return cls(torch.Size((shard.policy.num_rows, *local.shape[1:])), local, shard.first_id)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket
+        if name is torch.ops.aten.detach:
+            return cls(args[0].shape, args[0].local, args[0].first_id)
+        if name is torch.ops.aten.clone:
+            return cls(args[0].shape, args[0].local.clone(), args[0].first_id)
+        raise NotImplementedError(f"expected rows of all workers to be saved or loaded, found {func}; use .local")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ShardedRows({tuple(self.shape)}, {len(self.local)} here from {self.first_id})"
+
+    # --- what torch.distributed.checkpoint asks of a tensor ------------------------------------------------------
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        offsets = torch.Size((self.first_id, *[0] * (self.local.dim() - 1)))
+        return ChunkStorageMetadata(offsets=offsets, sizes=self.local.shape)
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        chunk = self._chunk()
+        data = TensorWriteData(
+            chunk=chunk, properties=TensorProperties.create_from_tensor(self.local), size=self.shape
+        )
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.local
+
+
+def copy_rows(found: Any, shard: Shard, into: Tensor | None = None) -> None:
+    r"""Takes rows from a state over into a shard's, or into others that are laid out like them.
+
+    Raises:
+        RouteError: They are not a shard's of this layout, nor all rows.
+    """
+    into = shard.rows if into is None else into
+    shape = (shard.policy.num_rows, *into.shape[1:])
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape or found.dtype != into.dtype:
+        told = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise RouteError(f"{shard.name}: expected {into.dtype} of shape {shape}, found {told}")
+    if isinstance(found, ShardedRows):
+        if found.first_id != shard.first_id or found.local.shape != into.shape:
+            last = found.first_id + len(found.local) - 1
+            raise RouteError(
+                f"{shard.name}: expected the rows {shard.first_id} to {shard.first_id + len(into) - 1} of this worker, "
+                f"found {found.first_id} to {last}; for another split, go through torch.distributed.checkpoint"
+            )
+        rows = found.local
+    else:
+        rows = found[shard.first_id : shard.first_id + len(into)]
+    if rows.data_ptr() != into.data_ptr():
+        into.copy_(rows)

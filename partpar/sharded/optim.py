@@ -1,0 +1,222 @@
+r"""Optimisers that update only the rows of the step, each at its owner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partpar.errors import RouteError
+from partpar.kernels.sparse_update import adagrad_rows, adam_rows, sgd_rows
+from partpar.kernels.threads import for_rows
+from partpar.sharded import swap
+from partpar.sharded.checkpoint import ShardedRows, copy_rows
+from partpar.sharded.embedding import DistEmbedding
+from partpar.sharded.gradients import Gradients
+
+REDUCTIONS = ("sum", "mean")
+
+
+class SparseOptimizer:
+    r"""What the optimisers of :class:`DistEmbedding` have in common.
+
+    :meth:`step` brings the gradients noted since the last one to the owners of their rows. There those of one id are
+    summed in the order of lookups, ranks and places, so the sum is the same for any number of workers that the ids of a
+    lookup are dealt to, one after the other; then the owner updates its rows. Rows without gradient keep their state.
+
+    Args:
+        params: The tables.
+        lr: Learning rate.
+        scale_grad: What every gradient is multiplied by: ``1 / world_size`` where the model beside the table is in
+            :class:`~torch.nn.parallel.DistributedDataParallel`, which averages over workers.
+        reduction: ``"sum"``, or ``"mean"`` to divide a row's sum by how often the row was looked up in the step.
+
+    Raises:
+        RouteError: Arguments do not fit.
+    """
+
+    _state_names: tuple[str, ...] = ()
+
+    def __init__(
+        self, params: Sequence[DistEmbedding], lr: float, scale_grad: float = 1.0, reduction: str = "sum"
+    ) -> None:
+        name, self.params = type(self).__name__, list(params)
+        strange = [type(table).__name__ for table in self.params if not isinstance(table, DistEmbedding)]
+        if strange or not self.params or len(set(self.params)) < len(self.params):
+            raise RouteError(
+                f"{name}: expected different DistEmbedding tables, found {', '.join(strange) or f'{len(self.params)} with repetitions'}"
+            )
+        if not lr >= 0 or reduction not in REDUCTIONS:
+            raise RouteError(
+                f"{name}: expected lr of at least 0 and reduction among {', '.join(REDUCTIONS)}, found {lr} and {reduction!r}"
+            )
+        self.lr, self.scale_grad, self.reduction = lr, scale_grad, reduction
+        self.state: list[dict[str, Tensor]] = [
+            {"step": torch.zeros((), dtype=torch.int64)}
+            | {key: torch.zeros_like(table.weight.local_rows) for key in self._state_names}
+            for table in self.params
+        ]
+        self._gradients = [Gradients(table.weight.shard) for table in self.params]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        r"""Forgets the gradients noted since the last step."""
+        for table in self.params:
+            table.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        r"""Updates the rows that gradients were noted for (collective).
+
+        A rank without any takes part all the same. Nothing is noted any more afterwards.
+        """
+        for start in range(0, len(self.params), swap.MOST_TENSORS):
+            some = slice(start, start + swap.MOST_TENSORS)
+            reached = self._bring(self.params[some], self._gradients[some])
+            for i, touched in zip(range(start, len(self.params)), reached, strict=False):
+                if touched:
+                    self.state[i]["step"] += 1
+                    self._gradients[i].finish(self.scale_grad, self.reduction == "mean")
+                    self._update(i, self._gradients[i])
+                    self._gradients[i].forget()
+
+    def _bring(self, tables: Sequence[DistEmbedding], gradients: Sequence[Gradients]) -> list[bool]:
+        """Sums the tables' gradients at their owners; whether any rank had one for each."""
+        group, shards = tables[0].weight.group, [table.weight.shard for table in tables]
+        here, more, reached = 1, 1 << len(tables), np.int64(0)
+        while True:  # a round for each lookup since the last step: the ranks' first ones, the second ones, ...
+            ids, values, flags = [], [], 0
+            for i, table in enumerate(tables):
+                if table.noted:
+                    of, grad = table.noted.pop(0)
+                    flags |= here << i | (more if table.noted else 0)
+                    grad = grad.to("cpu", table.weight.dtype).contiguous()
+                    ids.append(of)
+                    values.append(grad.clone() if grad.data_ptr() % 8 else grad)
+                else:
+                    ids.append(torch.empty(0, dtype=torch.int64))
+                    values.append(table.weight.local_rows[:0])
+            arrived = swap.push("step", shards, ids, values, group, flags=flags, numbers=True)
+            for i, gradient in enumerate(gradients):
+                for brought in arrived.of(i):
+                    gradient.add(brought)
+            arrived.done()
+            reached |= np.bitwise_or.reduce(arrived.flags)
+            if not int(np.bitwise_or.reduce(arrived.flags)) & more:
+                return [bool(int(reached) >> i & 1) for i in range(len(tables))]
+
+    def _update(self, i: int, gradient: Gradients) -> None:
+        raise NotImplementedError
+
+    def _run(self, body: Any, i: int, state: Sequence[str], gradient: Gradients, *numbers: float) -> None:
+        """Runs a compiled step over the rows touched; a row is one thread's work."""
+        weight = self.params[i].weight.local_rows.numpy()
+        arrays = [self.state[i][key].numpy() for key in state]
+        scalars = [weight.dtype.type(number) for number in numbers]
+        bounds = np.arange(gradient.num_touched + 1)
+        for_rows(body, bounds, weight.shape[1], (weight, *arrays, gradient.touched, gradient.sums, *scalars))
+
+    # --- keeping ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        r"""State and learning rate, all as tensors, as :mod:`torch.distributed.checkpoint` saves and fills them in, onto
+        any number of workers. Tables go by their place in :obj:`params`."""
+        state = {
+            str(i): {
+                key: value if key == "step" else ShardedRows.of(table.weight.shard, value)
+                for key, value in self.state[i].items()
+            }
+            for i, table in enumerate(self.params)
+        }
+        return {"state": state, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        r"""Takes a state over, of :meth:`state_dict` or with whole tensors in it.
+
+        Raises:
+            RouteError: Keys, shapes or dtypes do not fit.
+        """
+        for i, table in enumerate(self.params):
+            found = state.get("state", {}).get(str(i), {})
+            if set(found) != set(self.state[i]):
+                raise RouteError(
+                    f"{type(self).__name__}: expected {sorted(self.state[i])} for table {i}, found {sorted(found)}"
+                )
+            for key, value in self.state[i].items():
+                if key == "step":
+                    value.copy_(found[key])
+                else:
+                    copy_rows(found[key], table.weight.shard, value)
+        self.lr = float(state["lr"])
+
+
+class SparseSGD(SparseOptimizer):
+    r"""Plain gradient descent: :class:`torch.optim.SGD` on the rows of the step.
+
+    Args:
+        params, lr, scale_grad, reduction: See :class:`SparseOptimizer`.
+    """
+
+    def _update(self, i: int, gradient: Gradients) -> None:
+        self._run(sgd_rows, i, (), gradient, self.lr)
+
+
+class SparseAdagrad(SparseOptimizer):
+    r"""`Adagrad <https://jmlr.org/papers/v12/duchi11a.html>`_: :class:`torch.optim.Adagrad` on the rows of the step.
+
+    Args:
+        params, lr, scale_grad, reduction: See :class:`SparseOptimizer`.
+        eps: Added to the root of the sum of squares.
+    """
+
+    _state_names = ("sum",)
+
+    def __init__(
+        self,
+        params: Sequence[DistEmbedding],
+        lr: float = 0.01,
+        eps: float = 1e-10,
+        scale_grad: float = 1.0,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(params, lr, scale_grad, reduction)
+        self.eps = eps
+
+    def _update(self, i: int, gradient: Gradients) -> None:
+        self._run(adagrad_rows, i, self._state_names, gradient, self.lr, self.eps)
+
+
+class SparseAdam(SparseOptimizer):
+    r"""`Adam <https://arxiv.org/abs/1412.6980>`_, lazily: :class:`torch.optim.SparseAdam`, whose moments decay only in
+    steps that a row takes part in.
+
+    Args:
+        params, lr, scale_grad, reduction: See :class:`SparseOptimizer`.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+    """
+
+    _state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Sequence[DistEmbedding],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        scale_grad: float = 1.0,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(params, lr, scale_grad, reduction)
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise RouteError(f"SparseAdam: expected betas from 0 to below 1, found {betas}")
+        self.betas, self.eps = betas, eps
+
+    def _update(self, i: int, gradient: Gradients) -> None:
+        step = int(self.state[i]["step"])
+        first, second = (1.0 - beta**step for beta in self.betas)
+        size = self.lr * second**0.5 / first
+        keep = (1.0 - beta for beta in self.betas)
+        self._run(adam_rows, i, self._state_names, gradient, size, *keep, self.eps)
