@@ -15,8 +15,7 @@ from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_gat
 from partpar.nn.dropout import Dropout
 from partpar.nn.neighbourhood import edge_index_of, with_self_loops
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, through
-from partpar.nn.source_rows import SourceRows
+from partpar.nn.rows import Rows, check_edges, check_flow, check_owned_first, of_block, owned, through
 from partpar.route import Route
 
 Attention = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -72,7 +71,7 @@ class GATConv(pyg_nn.GATConv):
 
     def forward(
         self,
-        x: Tensor | SourceRows,
+        x: Rows,
         edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_attr: Tensor | None = None,
@@ -87,6 +86,7 @@ class GATConv(pyg_nn.GATConv):
             edge_attr (torch.Tensor, optional): A row for each edge.
             return_attention_weights (bool, optional): Whether to return the edges and their weights too.
         """
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route, edge_attr=edge_attr)
         check_owned_first(self, route)
         heads = (-1, self.heads, self.out_channels)
@@ -175,13 +175,14 @@ class GATv2Conv(pyg_nn.GATv2Conv):
 
     def forward(
         self,
-        x: Tensor | SourceRows,
+        x: Rows,
         edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_attr: Tensor | None = None,
         return_attention_weights: bool | None = None,
     ) -> Tensor | Attention:
         r"""Runs the layer on owned rows; see :meth:`GATConv.forward`."""
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route, edge_attr=edge_attr)
         check_owned_first(self, route)
         heads = (-1, self.heads, self.out_channels)

@@ -14,7 +14,7 @@ from torch_geometric.utils import add_remaining_self_loops, scatter
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.neighbour_sum import Edges
 from partpar.nn.neighbourhood import edge_index_of, kept, sum_neighbours, with_self_loops
-from partpar.nn.rows import check_edges, check_flow, check_owned_first, owned, through, with_halo
+from partpar.nn.rows import Rows, check_edges, check_flow, check_owned_first, of_block, owned, through, with_halo
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
@@ -149,7 +149,7 @@ class GCNConv(pyg_nn.GCNConv):
 
     def forward(
         self,
-        x: Tensor | SourceRows,
+        x: Rows,
         edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_weight: Tensor | None = None,
@@ -162,7 +162,13 @@ class GCNConv(pyg_nn.GCNConv):
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
             edge_weight (torch.Tensor, optional): A weight for each edge.
         """
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route, edge_weight=edge_weight)
+        if isinstance(x, tuple) and self.normalize:
+            raise ValueError(
+                "GCNConv: expected normalize=False for a sampled block, which does not know the degrees of its sources; "
+                "weigh its edges, call the layer with the batch's edge_index, or use SAGEConv"
+            )
         if isinstance(edge_index, Adjacency):
             if edge_weight is None or not edge_weight.requires_grad:
                 return self._by_kernel(x, edge_index, route, edge_weight)
@@ -189,7 +195,7 @@ class GCNConv(pyg_nn.GCNConv):
         return out if self.bias is None else out + self.bias
 
     def _by_kernel(
-        self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None
+        self, x: Rows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None
     ) -> Tensor:
         """Linear map and sum commute: the narrower side of the map is summed, and travels."""
         dtype = owned(x).dtype
@@ -200,6 +206,9 @@ class GCNConv(pyg_nn.GCNConv):
                 out = self.lin(x.keep(norm, lambda: norm(x.owned, route)))
             else:
                 out = norm.of_sources(self.lin(x.rows))
+        elif isinstance(x, tuple):
+            wider = self.in_channels < self.out_channels
+            out = self.lin(norm.of_sources(x[0])) if wider else norm.of_sources(self.lin(x[0]))
         elif self.in_channels < self.out_channels:
             out = self.lin(norm(x, route))
         else:

@@ -13,8 +13,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn import rows
 from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
-from partpar.nn.rows import check_edges, check_flow, owned, with_halo
-from partpar.nn.source_rows import SourceRows
+from partpar.nn.rows import Rows, check_edges, check_flow, of_block, owned, with_halo
 from partpar.route import Route
 
 
@@ -49,7 +48,7 @@ class GINConv(pyg_nn.GINConv):
         check_flow(self, self.flow)
 
     def forward(
-        self, x: Tensor | SourceRows, edge_index: Tensor | Adjacency, route: Route | None = None
+        self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None
     ) -> Tensor:
         r"""Runs the layer on owned rows.
 
@@ -58,6 +57,7 @@ class GINConv(pyg_nn.GINConv):
             edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route)
         if isinstance(edge_index, Adjacency):
             out = sum_neighbours(edge_index, x, route)
@@ -102,7 +102,7 @@ class GINEConv(pyg_nn.GINEConv):
 
     def forward(
         self,
-        x: Tensor | SourceRows,
+        x: Rows,
         edge_index: Tensor | Adjacency,
         route: Route | None = None,
         edge_attr: Tensor | None = None,
@@ -119,6 +119,7 @@ class GINEConv(pyg_nn.GINEConv):
             raise ValueError(
                 "GINEConv: expected edge_attr, found None; use GINConv for a graph without edge attributes"
             )
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route, edge_attr=edge_attr)
         if isinstance(edge_index, Adjacency):  # a message is no product: it must be made for each edge
             edge_index = edge_index_of(edge_index)

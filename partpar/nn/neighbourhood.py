@@ -29,19 +29,24 @@ def edge_index_of(adj: Adjacency) -> Tensor:
 
 
 def sum_neighbours(
-    adj: Adjacency, x: Tensor | SourceRows, route: Route | None, weight: Tensor | None = None
+    adj: Adjacency,
+    x: Tensor | SourceRows | tuple[Tensor, Tensor],
+    route: Route | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     r"""Sums the rows of in-neighbours (collective; for constant rows at the first call only).
 
     Args:
         adj: A share's edges.
-        x: ``[num_owned, C]``, constant or not.
+        x: ``[num_owned, C]``, constant or not; or the rows of a sampled block's sources and destinations.
         route: The share's route.
         weight: ``[E]``, constant.
 
     Returns:
         ``[num_owned, C]``, a tensor of the caller's own, unless :obj:`x` is constant.
     """
+    if isinstance(x, tuple):
+        return Edges(adj, weight).sum(x[0])
     name = ("sum", None if weight is None else (id(weight), weight._version))
     if isinstance(x, SourceRows):
         return x.keep((name, id(adj)), lambda: sum_neighbours(adj, x.owned, route, weight))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +34,9 @@ _OVER_ALL_ROWS = (
     pyg_nn.DiffGroupNorm,
     pyg_nn.HeteroLayerNorm,
 )
+
+# The rows of owned nodes; constant ones; or those of a sampled block's sources and destinations.
+Rows: TypeAlias = Tensor | SourceRows | tuple[Tensor, Tensor]
 
 _owned_first: WeakKeyDictionary[Route, bool] = WeakKeyDictionary()
 
@@ -91,22 +94,39 @@ def refuse_over_all_rows(module: object, where: str) -> None:
         )
 
 
-def with_halo(x: Tensor | SourceRows, route: Route | None) -> Tensor:
+def of_block(x: Rows, edge_index: Tensor | Adjacency, route: Route | None) -> Rows:
+    r"""The pair ``(sources, destinations)`` where :obj:`x` holds the rows of all sources of a sampled block, of which
+    the first are its destinations; :obj:`x` itself otherwise."""
+    if route is not None or not isinstance(x, Tensor) or not isinstance(edge_index, Adjacency):
+        return x
+    if x.size(0) != edge_index.num_src or edge_index.num_dst >= edge_index.num_src:
+        return x
+    return x, x[: edge_index.num_dst]
+
+
+def with_halo(x: Rows, route: Route | None) -> Tensor:
     r"""``[num_owned, *]`` to ``[num_src, *]``; without a route all rows are owned."""
+    if isinstance(x, tuple):
+        return x[0]
     if isinstance(x, SourceRows):
         return x.rows
     return x if route is None else route.apply(x)
 
 
-def owned(x: Tensor | SourceRows) -> Tensor:
+def owned(x: Rows) -> Tensor:
     r"""``[num_owned, *]``."""
+    if isinstance(x, tuple):
+        return x[1]
     return x.owned if isinstance(x, SourceRows) else x
 
 
 def through(
-    row_wise: Callable[[Tensor], Tensor], x: Tensor | SourceRows, route: Route | None
+    row_wise: Callable[[Tensor], Tensor], x: Rows, route: Route | None
 ) -> tuple[Tensor, Tensor]:
     r"""``(sources, destinations)`` after a map of each row, which is applied before rows travel."""
+    if isinstance(x, tuple):
+        sources, prefix = row_wise(x[0]), x[1].data_ptr() == x[0].data_ptr()
+        return sources, sources[: x[1].size(0)] if prefix else row_wise(x[1])
     if isinstance(x, SourceRows):
         sources = row_wise(x.rows)
         return sources, sources[: x.owned.size(0)]
@@ -116,7 +136,7 @@ def through(
 
 def check_edges(
     layer: object,
-    x: Tensor | SourceRows,
+    x: Rows,
     edge_index: Tensor | Adjacency,
     route: Route | None = None,
     **per_edge: Tensor | None,
@@ -124,11 +144,15 @@ def check_edges(
     r"""Refuses, before any exchange, rows and edges that do not fit.
 
     Raises:
-        ValueError: :obj:`x` is a pair, :obj:`edge_index` is neither the share's adjacency nor a dense ``[2, E]``,
-            or an edge attribute has another number of rows.
+        ValueError: :obj:`x` is a pair without a sampled block's adjacency, :obj:`edge_index` is neither an adjacency
+            nor a dense ``[2, E]``, or an edge attribute has another number of rows.
     """
     name = type(layer).__name__
-    x = owned(x)
+    if isinstance(x, tuple) and isinstance(edge_index, Adjacency) and route is None:
+        _check_block(name, x, edge_index)
+        _check_per_edge(name, edge_index.num_edges, per_edge)
+        return
+    x = x if isinstance(x, tuple) else owned(x)
     if not isinstance(x, Tensor) or x.dim() != 2:
         found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise RouteError(
@@ -158,6 +182,15 @@ def check_edges(
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise RouteError(f"{name}: expected edge_index of shape (2, E), found {tuple(edge_index.shape)}")
     _check_per_edge(name, edge_index.size(1), per_edge)
+
+
+def _check_block(name: str, x: tuple[Tensor, Tensor], adj: Adjacency) -> None:
+    found = tuple(rows.size(0) if isinstance(rows, Tensor) and rows.dim() == 2 else None for rows in x)
+    if found != (adj.num_src, adj.num_dst):
+        raise RouteError(
+            f"{name}: expected rows of the {adj.num_src} sources and {adj.num_dst} destinations of a block, found {found}; "
+            f"rows of layer i belong to block i, see partpar.sampling.blocks"
+        )
 
 
 def _check_per_edge(name: str, num_edges: int, per_edge: Mapping[str, Tensor | None]) -> None:

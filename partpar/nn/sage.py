@@ -13,7 +13,7 @@ from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_max, aggregate_min
 from partpar.nn.neighbour_sum import Edges
 from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
-from partpar.nn.rows import check_edges, check_flow, owned, through
+from partpar.nn.rows import Rows, check_edges, check_flow, of_block, owned, through, with_halo
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
@@ -53,15 +53,17 @@ class SAGEConv(pyg_nn.SAGEConv):
             )
 
     def forward(
-        self, x: Tensor | SourceRows, edge_index: Tensor | Adjacency, route: Route | None = None
+        self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None
     ) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
-            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo.
-            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way.
+            x (torch.Tensor or SourceRows): The rows of the owned nodes, or constant rows with their halo; those of all
+                sources of a sampled block, or a pair of its sources' and destinations'.
+            edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way. Or a block.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
+        x = of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route)
         if isinstance(edge_index, Adjacency):
             out = self._by_kernel(x, edge_index, route)
@@ -76,7 +78,7 @@ class SAGEConv(pyg_nn.SAGEConv):
         projected: Tensor = self.lin(x).relu() if self.project else x
         return projected
 
-    def _by_kernel(self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None) -> Tensor:
+    def _by_kernel(self, x: Rows, adj: Adjacency, route: Route | None) -> Tensor:
         """Aggregates and maps; a sum and a linear map commute, so the narrower side travels."""
         kind = type(self.aggr_module)
         if kind in (pyg_nn.MaxAggregation, pyg_nn.MinAggregation):
@@ -95,10 +97,11 @@ class SAGEConv(pyg_nn.SAGEConv):
         if isinstance(x, SourceRows) and not self.project and width <= 2 * self.out_channels:
             # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
             return self.lin_l(x.keep((kind, id(adj)), lambda: mean(sum_neighbours(adj, x.owned, route))))
-        rows = self._project(x.rows if isinstance(x, SourceRows) else x)
+        of_sources = isinstance(x, SourceRows | tuple)
+        rows = self._project(with_halo(x, None) if isinstance(x, SourceRows | tuple) else x)
         map_first = self.out_channels < width
         rows = F.linear(rows, self.lin_l.weight) if map_first else rows
-        out = mean(Edges(adj).sum(rows) if isinstance(x, SourceRows) else sum_neighbours(adj, rows, route))
+        out = mean(Edges(adj).sum(rows) if of_sources else sum_neighbours(adj, rows, route))
         if not map_first:
             return self.lin_l(out)
         return out if self.lin_l.bias is None else out + self.lin_l.bias

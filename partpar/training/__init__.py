@@ -1,6 +1,7 @@
 r"""Setting processes up, training loops and metrics."""
 
 from partpar.training.full_graph import Epoch, History, evaluate, fit
+from partpar.training.inference import InferenceError, full_graph_inference
 from partpar.training.machine import forget_peak_memory, peak_memory, tune_allocator
 from partpar.training.metrics import JsonLines, accuracy, measure, roc_auc
 from partpar.training.setup import Context, SetupError, init
@@ -12,6 +13,7 @@ __all__ = [
     "Epoch",
     "FirstRankError",
     "History",
+    "InferenceError",
     "JsonLines",
     "SetupError",
     "accuracy",
@@ -21,6 +23,7 @@ __all__ = [
     "first_rank",
     "fit",
     "forget_peak_memory",
+    "full_graph_inference",
     "init",
     "measure",
     "peak_memory",
