@@ -51,12 +51,15 @@ def blocks(batch: Data | HeteroData, num_layers: int | None = None) -> list[Adja
     count = int(batch.num_nodes or 0)
     if hops is None:
         if num_layers is None:
-            raise SamplingError("blocks: expected num_layers for a batch that is not sampled hop by hop, found None")
+            raise SamplingError(
+                "blocks: expected num_layers for a batch that is not sampled hop by hop, found None"
+            )
         return [Adjacency.from_edge_index(batch.edge_index, count, count)] * num_layers
     sizes = _prefixes(batch.num_sampled_nodes)
     edges = _prefixes(hops)
     return [
-        _prefix(batch.edge_index, edges[hop], sizes[hop + 1], sizes[hop]) for hop in _order(len(hops), num_layers)
+        _prefix(batch.edge_index, edges[hop], sizes[hop + 1], sizes[hop])
+        for hop in _order(len(hops), num_layers)
     ]
 
 
@@ -64,7 +67,9 @@ def _hetero(batch: HeteroData, num_layers: int | None) -> list[HeteroBlock]:
     hops = {t: batch[t].get("num_sampled_edges") for t in batch.edge_types}
     if any(counts is None for counts in hops.values()):
         if num_layers is None:
-            raise SamplingError("blocks: expected num_layers for a batch that is not sampled hop by hop, found None")
+            raise SamplingError(
+                "blocks: expected num_layers for a batch that is not sampled hop by hop, found None"
+            )
         whole = {
             t: Adjacency.from_edge_index(
                 batch[t].edge_index, int(batch[t[0]].num_nodes or 0), int(batch[t[2]].num_nodes or 0)

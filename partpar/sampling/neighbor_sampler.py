@@ -74,6 +74,10 @@ class NeighborSampler:
         self.subgraph_type = SubgraphType(subgraph_type)
         self.with_edge_rows = with_edge_rows
         self._num_nodes = {t: int(service.offsets(t)[-1]) for t in service.node_types}
+        self._tree_size = 1
+        for hop in reversed(range(self.num_hops)):
+            widest = max(fanouts[hop] if fanouts[hop] >= 0 else 16 for fanouts in self.num_neighbors.values())
+            self._tree_size = min(1 + widest * self._tree_size, 1 << 20)
         self._words = {t: _word("__".join(t)) for t in self.edge_types}
 
     def sample_nodes(self, seeds: Mapping[str, Seeds], key: BatchKey) -> SampledSubgraph:
@@ -167,8 +171,11 @@ class NeighborSampler:
         found = {}
         first = 0
         for node_type, num_nodes in self._num_nodes.items():
-            expected = 32 * seeds[node_type].ids.numel() if node_type in seeds else 0
-            found[node_type] = FoundNodes(num_nodes, self.disjoint, min(expected, num_nodes))
+            # Room for the trees of the seeds, so that tables rarely grow.
+            expected = min(
+                self._tree_size * seeds[node_type].ids.numel() if node_type in seeds else 0, 1 << 20
+            )
+            found[node_type] = FoundNodes(num_nodes, self.disjoint, expected)
         for node_type, some in seeds.items():
             n = some.ids.numel()
             groups = torch.arange(first, first + n) if self.disjoint else NO_IDS

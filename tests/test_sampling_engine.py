@@ -1,0 +1,723 @@
+r"""Many hops: what is sampled is the neighbourhood, in PyG's order, and the same for any number of parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from graphs import directed_graph, load_npz_graph, npz_path
+from parts import AllParts, parts_of, typed_graph
+from torch import Tensor
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.nn import GraphSAGE
+from torch_geometric.sampler import NegativeSampling
+
+from partpar.errors import SamplingError
+from partpar.graph import EDGE, NODE, EdgeType, GraphData
+from partpar.graph.arrays import to_pyg
+from partpar.kernels import counter, relabel
+from partpar.sampling import BatchKey, LinkSeeds, NeighborSampler, SampledSubgraph, Seeds
+from partpar.sampling import found as found_nodes
+from partpar.sampling import negative as negative_links
+from partpar.serving import hop as hop_answers
+from partpar.serving.local import LocalService
+
+Edges = Mapping[EdgeType, Tensor]
+KEY = BatchKey(seed=3, epoch=1, batch=4)
+
+
+def edges_of(data: Data | HeteroData) -> dict[EdgeType, Tensor]:
+    return {EDGE: data.edge_index} if isinstance(data, Data) else dict(data.edge_index_dict)
+
+
+def seeds_of(service: Any, node_type: str, raw_ids: Tensor, times: Tensor | None = None) -> Seeds:
+    return Seeds(service.ids_of(node_type, raw_ids), raw_ids, times)
+
+
+def in_pygs_order(
+    node_types: list[str], edges: Edges, seeds: Mapping[str, list[int]], num_hops: int, disjoint: bool
+) -> dict[str, Any]:
+    r"""All neighbours, hop by hop, as PyG's compiled sampler goes: for each edge type in turn, each node that the last
+    hop found takes its edges in their order, and a node seen for the first time is the next."""
+    into: dict[EdgeType, dict[int, list[int]]] = {t: {} for t in edges}
+    for edge_type, edge_index in edges.items():
+        for edge, dst in enumerate(edge_index[1].tolist()):
+            into[edge_type].setdefault(dst, []).append(edge)
+    nodes: dict[str, list[tuple[int, int]]] = {t: [] for t in node_types}
+    group = 0
+    for node_type, ids in seeds.items():
+        for node in ids:
+            nodes[node_type].append((group if disjoint else 0, node))
+            group += 1
+    place = {t: {} for t in node_types}
+    for node_type in node_types:
+        for i, node in enumerate(nodes[node_type]):
+            place[node_type].setdefault(node, i)
+    out: dict[EdgeType, list[tuple[int, int, int]]] = {t: [] for t in edges}
+    num_nodes = {t: [len(nodes[t])] for t in node_types}
+    num_edges: dict[EdgeType, list[int]] = {t: [] for t in edges}
+    begin = dict.fromkeys(node_types, 0)
+    for _ in range(num_hops):
+        end = {t: len(nodes[t]) for t in node_types}
+        for edge_type, edge_index in edges.items():
+            src, _, dst = edge_type
+            before = len(out[edge_type])
+            for i in range(begin[dst], end[dst]):
+                tree, node = nodes[dst][i]
+                for edge in into[edge_type].get(node, []):
+                    source = (tree, int(edge_index[0, edge]))
+                    if source not in place[src]:
+                        place[src][source] = len(nodes[src])
+                        nodes[src].append(source)
+                    out[edge_type].append((place[src][source], i, edge))
+            num_edges[edge_type].append(len(out[edge_type]) - before)
+        for node_type in node_types:
+            num_nodes[node_type].append(len(nodes[node_type]) - end[node_type])
+        begin = end
+    return {
+        "raw_ids": {t: [n for _, n in nodes[t]] for t in node_types},
+        "batch": {t: [g for g, _ in nodes[t]] for t in node_types} if disjoint else None,
+        "row": {t: [e[0] for e in out[t]] for t in edges},
+        "col": {t: [e[1] for e in out[t]] for t in edges},
+        "edge": {t: [e[2] for e in out[t]] for t in edges},
+        "num_sampled_nodes": num_nodes,
+        "num_sampled_edges": num_edges,
+    }
+
+
+def as_lists(out: SampledSubgraph) -> dict[str, Any]:
+    r"""All that does not depend on the numbering of a partition."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    told = {
+        f.name: plain(getattr(out, f.name))
+        for f in fields(out)
+        if f.name not in ("ids", "edge_rows", "labels")
+    }
+    if out.labels is not None:
+        told["labels"] = {f.name: plain(getattr(out.labels, f.name)) for f in fields(out.labels)}
+    return told
+
+
+# --- truth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("disjoint", [False, True], ids=["together", "disjoint"])
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("kind", ["directed", "typed"])
+def test_all_neighbours_come_in_pygs_order(kind: str, num_parts: int, disjoint: bool, tmp_path: Path) -> None:
+    data = directed_graph() if kind == "directed" else typed_graph()
+    parts = parts_of(data, num_parts, tmp_path)
+    seeds = {NODE: [5, 3, 57, 0, 3]} if kind == "directed" else {"paper": [7, 2, 2, 40], "author": [3, 9]}
+    sampler = NeighborSampler(parts, [-1, -1, -1], disjoint=disjoint)
+    out = sampler.sample_nodes({t: seeds_of(parts, t, torch.tensor(ids)) for t, ids in seeds.items()}, KEY)
+    assert as_lists(out) == in_pygs_order(parts.node_types, edges_of(data), seeds, 3, disjoint)
+
+
+def hops_into(edges: Edges, node_types: dict[str, int], seeds: Mapping[str, Tensor], num_hops: int) -> tuple:
+    r"""The k-hop in-neighbourhood by marking: nodes, and edges into what k - 1 hops reach."""
+    reached = {t: torch.zeros(n, dtype=torch.bool) for t, n in node_types.items()}
+    for node_type, ids in seeds.items():
+        reached[node_type][ids] = True
+    taken = {t: torch.zeros(e.size(1), dtype=torch.bool) for t, e in edges.items()}
+    for _ in range(num_hops):
+        after = {t: mask.clone() for t, mask in reached.items()}
+        for edge_type, edge_index in edges.items():
+            into = reached[edge_type[2]][edge_index[1]]
+            taken[edge_type] |= into
+            after[edge_type[0]][edge_index[0][into]] = True
+        reached = after
+    return reached, taken
+
+
+@pytest.mark.parametrize("name", ["directed", "cora", "dblp_hetero"])
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_unlimited_fanout_is_the_neighbourhood(name: str, num_parts: int, tmp_path: Path) -> None:
+    data = (
+        directed_graph() if name == "directed" else load_npz_graph("cora") if name == "cora" else dblp_graph()
+    )
+    seed_type = "author" if name == "dblp_hetero" else NODE
+    parts = parts_of(data, num_parts, tmp_path)
+    sampler = NeighborSampler(parts, [-1, -1])
+    sizes = {t: int(parts.offsets(t)[-1]) for t in parts.node_types}
+    order = torch.randperm(sizes[seed_type], generator=torch.Generator().manual_seed(0))
+    for batch, raw_ids in enumerate(order[:60].split(20)):
+        out = sampler.sample_nodes({seed_type: seeds_of(parts, seed_type, raw_ids)}, BatchKey(batch=batch))
+        reached, taken = hops_into(edges_of(data), sizes, {seed_type: raw_ids}, 2)
+        for node_type, mask in reached.items():
+            assert out.raw_ids[node_type].sort().values.tolist() == mask.nonzero().flatten().tolist()
+            assert torch.equal(parts.ids_of(node_type, out.raw_ids[node_type]), out.ids[node_type])
+        for edge_type, mask in taken.items():
+            edge = out.edge[edge_type]
+            assert edge is not None
+            assert edge.sort().values.tolist() == mask.nonzero().flatten().tolist()
+            ends = torch.stack(
+                [
+                    out.raw_ids[edge_type[0]][out.row[edge_type]],
+                    out.raw_ids[edge_type[2]][out.col[edge_type]],
+                ]
+            )
+            assert torch.equal(ends, edges_of(data)[edge_type][:, edge])
+
+
+def dblp_graph() -> HeteroData:
+    r"""Authors, papers, conferences and terms, with edges both ways."""
+    with np.load(npz_path("dblp_hetero"), allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files if key.startswith(("num_nodes", "edge_index"))}
+    data = to_pyg(arrays)
+    assert isinstance(data, HeteroData)
+    for src, name, dst in data.edge_types:
+        data[dst, f"rev_{name}", src].edge_index = data[src, name, dst].edge_index.flip(0)
+    return data
+
+
+def test_graphsage_gives_what_it_gives_on_the_whole_graph(tmp_path: Path) -> None:
+    data = load_npz_graph("cora")
+    parts = parts_of(data, 3, tmp_path)
+    torch.manual_seed(0)
+    x = data.x.double()
+    model = GraphSAGE(x.size(1), 16, 2, 7).double().eval()
+    expected = model(x, data.edge_index).detach()
+    sampler = NeighborSampler(parts, [-1, -1])
+    for batch, raw_ids in enumerate(torch.arange(2708).split(900)):
+        out = sampler.sample_nodes({NODE: seeds_of(parts, NODE, raw_ids)}, BatchKey(batch=batch))
+        logits = model(x[out.raw_ids[NODE]], torch.stack([out.row[EDGE], out.col[EDGE]]))[: raw_ids.numel()]
+        assert float((logits - expected[raw_ids]).abs().max()) < 1e-10
+
+
+# --- the same for any number of parts -------------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "replace": {"replace": True},
+    "disjoint": {"disjoint": True},
+    "weighted": {"weight_attr": "weight"},
+    "weighted replace": {"weight_attr": "weight", "replace": True},
+    "induced": {"subgraph_type": "induced"},
+    "induced disjoint": {"subgraph_type": "induced", "disjoint": True},
+    "bidirectional": {"subgraph_type": "bidirectional"},
+    "temporal": {"time_attr": "time"},
+    "last": {"time_attr": "time", "temporal_strategy": "last"},
+    "temporal induced": {"time_attr": "time", "subgraph_type": "induced"},
+}
+
+
+def sample_batches(service: Any, options: dict[str, Any], links: bool = True) -> list[dict[str, Any]]:
+    r"""Batches from nodes, from links, and from links with negatives of both kinds."""
+    homogeneous = len(service.node_types) == 1
+    hops: Any = (
+        [3, 2] if homogeneous else {t: [3, 2] if t[1] != "in" else [1, -1] for t in service.edge_types}
+    )
+    sampler = NeighborSampler(service, hops, **options)
+    kind = NODE if homogeneous else "paper"
+    link = EDGE if homogeneous else ("author", "writes", "paper")
+    raw_ids = torch.tensor([5, 1, 20, 28, 5])
+    times = torch.tensor([50, 99, 3, 20, 70]) if "time_attr" in options else None
+    out = [
+        sampler.sample_nodes(
+            {kind: seeds_of(service, kind, raw_ids, times)}, BatchKey(seed=1, epoch=e, batch=b)
+        )
+        for e in range(2)
+        for b in range(2)
+    ]
+    if links:
+        seeds = LinkSeeds(
+            link,
+            seeds_of(service, link[0], raw_ids),
+            seeds_of(service, link[2], raw_ids.flip(0)),
+            None,
+            times,
+        )
+        for negatives in (None, NegativeSampling("binary", 1.4), NegativeSampling("triplet", 2)):
+            out.append(sampler.sample_edges(seeds, KEY, negatives, strict_negatives=True))
+    return [as_lists(one) for one in out]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["directed", "typed"])
+def test_any_number_of_parts_samples_the_same(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    expected = sample_batches(parts_of(with_times(kind), 1, tmp_path), options)
+    # Epochs and batches differ, where anything is drawn at all.
+    assert len({str(one) for one in expected[:4]}) == (1 if "temporal_strategy" in options else 4)
+    for num_parts in (2, 3, 4):
+        assert sample_batches(parts_of(with_times(kind), num_parts, tmp_path), options) == expected
+
+
+def with_times(kind: str) -> Data | HeteroData:
+    if kind == "typed":
+        return typed_graph()
+    data = directed_graph()
+    data.weight = data.edge_weight
+    data.time = torch.randint(100, (275,), generator=torch.Generator().manual_seed(5))
+    return data
+
+
+def test_a_graph_that_was_never_cut_is_one_part(tmp_path: Path) -> None:
+    data = with_times("directed")
+    expected = sample_batches(parts_of(data, 1, tmp_path), {})
+    share = GraphData.load_partition(tmp_path, 0, 1, algorithm="random")
+    assert sample_batches(LocalService(share), {}) == expected
+    order = data.edge_index[1].argsort(stable=True)
+    told = sample_batches(LocalService(GraphData.from_pyg_data(data.edge_subgraph(order))), {}, links=False)
+    for ours, whole in zip(told, expected, strict=False):
+        assert ours["raw_ids"] == whole["raw_ids"]
+        assert order[torch.tensor(ours["edge"][EDGE])].tolist() == whole["edge"][EDGE]
+
+
+# --- kinds of sub-graphs --------------------------------------------------------------------------------------------
+
+
+def test_induced_holds_all_edges_between_the_nodes(tmp_path: Path) -> None:
+    data = typed_graph()
+    parts = parts_of(data, 2, tmp_path)
+    sampler = NeighborSampler(parts, [3, 2], subgraph_type="induced")
+    out = sampler.sample_nodes({"paper": seeds_of(parts, "paper", torch.arange(5))}, KEY)
+    assert out.num_sampled_nodes is None
+    assert out.num_sampled_edges is None
+    for edge_type, edge_index in data.edge_index_dict.items():
+        inside = torch.isin(edge_index[0], out.raw_ids[edge_type[0]]) & torch.isin(
+            edge_index[1], out.raw_ids[edge_type[2]]
+        )
+        edge = out.edge[edge_type]
+        assert edge is not None
+        assert edge.sort().values.tolist() == inside.nonzero().flatten().tolist()
+        assert torch.equal(out.raw_ids[edge_type[0]][out.row[edge_type]], edge_index[0, edge])
+        assert torch.equal(out.raw_ids[edge_type[2]][out.col[edge_type]], edge_index[1, edge])
+
+
+@pytest.mark.parametrize("kind", ["directed", "typed"])
+def test_bidirectional_is_pygs(kind: str, tmp_path: Path) -> None:
+    data = with_times(kind)
+    parts = parts_of(data, 2, tmp_path)
+    node_type = NODE if kind == "directed" else "paper"
+    seeds = {node_type: seeds_of(parts, node_type, torch.arange(6))}
+    directional = NeighborSampler(parts, [3, 2]).sample_nodes(seeds, KEY)
+    with pytest.warns(UserWarning, match="leads back") if kind == "typed" else nullcontext():
+        out = NeighborSampler(parts, [3, 2], subgraph_type="bidirectional", with_edge_rows=True).sample_nodes(
+            seeds, KEY
+        )
+    with pytest.warns(UserWarning, match="reverse edge type") if kind == "typed" else nullcontext():
+        expected: Any = directional.to_pyg(kind == "directed").to_bidirectional()
+    ours: Any = out.to_pyg(kind == "directed")
+    if kind == "directed":
+        assert torch.equal(torch.stack([ours.row, ours.col]), torch.stack([expected.row, expected.col]))
+        ends = data.edge_index[:, ours.edge]
+        found = torch.stack([ours.node[ours.row], ours.node[ours.col]])
+        assert bool(((found == ends).all(0) | (found == ends.flip(0)).all(0)).all())
+    else:
+        for edge_type in expected.row:
+            assert torch.equal(ours.row[edge_type], expected.row[edge_type])
+            assert torch.equal(ours.col[edge_type], expected.col[edge_type])
+    assert ours.num_sampled_nodes is expected.num_sampled_nodes is None
+
+
+# --- times ----------------------------------------------------------------------------------------------------------
+
+
+def overflow(num_parts: int, folder: Path) -> tuple[Data, AllParts]:
+    r"""Who answered or commented on whom, and when."""
+    with np.load(npz_path("sx_mathoverflow"), allow_pickle=False) as file:
+        src, dst, time = (torch.from_numpy(file[name]) for name in ("src", "dst", "t"))
+        data = Data(edge_index=torch.stack([src, dst]), time=time, num_nodes=int(file["num_nodes"]))
+    return data, parts_of(data, num_parts, folder)
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "strategy"),
+    [
+        (2, "last"),
+        pytest.param(1, "uniform", marks=pytest.mark.soak),
+        pytest.param(4, "uniform", marks=pytest.mark.soak),
+    ],
+)
+def test_no_real_edge_is_later_than_its_seed(num_parts: int, strategy: str, tmp_path: Path) -> None:
+    data, parts = overflow(num_parts, tmp_path)
+    sampler = NeighborSampler(parts, [8, 4], time_attr="time", temporal_strategy=strategy)
+    events = torch.randperm(data.num_edges, generator=torch.Generator().manual_seed(0))[:400]
+    order = torch.from_numpy(np.lexsort((data.time.numpy(), data.edge_index[1].numpy())))
+    for batch, some in enumerate(events.split(100)):
+        raw_ids, times = data.edge_index[1, some], data.time[some]
+        out = sampler.sample_nodes({NODE: seeds_of(parts, NODE, raw_ids, times)}, BatchKey(batch=batch))
+        assert out.batch is not None
+        assert out.num_sampled_edges is not None
+        edge = out.edge[EDGE]
+        assert edge is not None
+        assert bool((data.time[edge] <= times[out.batch[NODE][out.col[EDGE]]]).all())
+        assert torch.equal(out.batch[NODE][out.row[EDGE]], out.batch[NODE][out.col[EDGE]])
+        first = out.num_sampled_edges[EDGE][0]
+        for i in range(some.numel()):
+            drawn = edge[:first][out.col[EDGE][:first] == i]
+            own = order[(data.edge_index[1, order] == raw_ids[i]) & (data.time[order] <= times[i])]
+            if strategy == "last":
+                assert drawn.tolist() == own[-8:].tolist()
+            else:
+                assert drawn.numel() == min(8, own.numel())
+                assert set(drawn.tolist()) <= set(own.tolist())
+
+
+def test_no_node_is_later_than_its_seed(tmp_path: Path) -> None:
+    data = directed_graph()
+    data.time = torch.arange(60) % 17
+    parts = parts_of(data, 3, tmp_path)
+    parts.tell_halo("time")
+    sampler = NeighborSampler(parts, [-1, -1], time_attr="time")
+    raw_ids = torch.arange(20)
+    out = sampler.sample_nodes({NODE: seeds_of(parts, NODE, raw_ids, data.time[raw_ids])}, KEY)
+    assert out.batch is not None
+    assert bool((data.time[out.raw_ids[NODE]] <= data.time[raw_ids][out.batch[NODE]]).all())
+    late = data.time[data.edge_index[0]] > data.time[data.edge_index[1]]
+    for i in raw_ids.tolist():  # and nothing else is left out
+        first = (data.edge_index[1] == i) & ~late
+        assert set(data.edge_index[0, first].tolist()) <= set(
+            out.raw_ids[NODE][out.batch[NODE] == i].tolist()
+        )
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def links_of(parts: Any, data: Data, edges: Tensor, **options: Any) -> LinkSeeds:
+    src, dst = data.edge_index[:, edges]
+    return LinkSeeds(EDGE, seeds_of(parts, NODE, src), seeds_of(parts, NODE, dst), **options)
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_links_are_found_among_the_nodes(disjoint: bool, tmp_path: Path) -> None:
+    data = directed_graph()
+    parts = parts_of(data, 3, tmp_path)
+    sampler = NeighborSampler(parts, [2, 2], disjoint=disjoint)
+    edges = torch.arange(0, 200, 9)
+    n = edges.numel()
+    plain = sampler.sample_edges(links_of(parts, data, edges, label=edges), KEY)
+    assert plain.labels is not None
+    assert torch.equal(plain.raw_ids[NODE][plain.labels.edge_label_index], data.edge_index[:, edges])
+    assert torch.equal(plain.labels.edge_label, edges)
+    out = sampler.sample_edges(links_of(parts, data, edges), KEY, NegativeSampling("binary", 2))
+    assert out.labels is not None
+    assert torch.equal(out.raw_ids[NODE][out.labels.edge_label_index[:, :n]], data.edge_index[:, edges])
+    assert out.labels.edge_label.tolist() == [1.0] * n + [0.0] * 2 * n
+    triplets = sampler.sample_edges(links_of(parts, data, edges), KEY, NegativeSampling("triplet", 3)).labels
+    assert triplets is not None
+    assert triplets.dst_neg_index.shape == (n, 3)
+    if disjoint:
+        assert out.batch is not None
+        of_links = out.batch[NODE][out.labels.edge_label_index]
+        assert torch.equal(of_links, (torch.arange(3 * n) % n).expand(2, -1))
+    one = sampler.sample_edges(links_of(parts, data, edges), KEY, NegativeSampling("triplet", 1)).labels
+    assert one is not None
+    assert one.dst_neg_index.shape == (n,)
+    assert out.labels.metadata(edges)[1] is out.labels.edge_label_index
+    assert triplets.metadata(None)[3] is triplets.dst_neg_index
+
+
+@pytest.mark.parametrize("mode", ["binary", "triplet"])
+def test_strict_negatives_are_no_edges(mode: str, tmp_path: Path) -> None:
+    r"""On a graph so dense that most pairs are edges."""
+    draws = torch.Generator().manual_seed(0)
+    dense = (torch.rand(30, 30, generator=draws) < 0.9).nonzero().t()
+    data = Data(edge_index=dense, num_nodes=30)
+    parts = parts_of(data, 2, tmp_path)
+    edges = torch.randperm(dense.size(1), generator=draws)[:100]
+    held_out = torch.randint(
+        30, (2, 40), generator=draws
+    )  # links that need not be edges are not drawn either
+    links = LinkSeeds(
+        EDGE,
+        seeds_of(parts, NODE, torch.cat([dense[0, edges], held_out[0]])),
+        seeds_of(parts, NODE, torch.cat([dense[1, edges], held_out[1]])),
+    )
+    positive = {*zip(*dense.tolist(), strict=True), *zip(*held_out.tolist(), strict=True)}
+    sampler = NeighborSampler(parts, [1])
+    drawn = {}
+    for strict in (False, True):
+        out = sampler.sample_edges(links, KEY, NegativeSampling(mode, 2), strict)
+        labels, raw = out.labels, out.raw_ids[NODE]
+        assert labels is not None
+        if mode == "binary":
+            pairs = raw[labels.edge_label_index[:, 140:]]
+        else:
+            pairs = torch.stack(
+                [raw[labels.src_index].repeat_interleave(2), raw[labels.dst_neg_index].flatten()]
+            )
+        assert pairs.size(1) == 280
+        drawn[strict] = set(zip(*pairs.tolist(), strict=True)) & positive
+    assert drawn[True] == set()
+    assert len(drawn[False]) > 100
+    complete = Data(edge_index=torch.ones(4, 4).nonzero().t(), num_nodes=4)
+    service = parts_of(complete, 1, tmp_path / "complete")
+    with pytest.raises(SamplingError, match="too dense for strict_negatives"):
+        NeighborSampler(service, [1]).sample_edges(
+            links_of(service, complete, torch.arange(3)), KEY, NegativeSampling(mode), True
+        )
+
+
+def test_negatives_are_drawn_by_their_weights(tmp_path: Path) -> None:
+    data = Data(edge_index=torch.tensor([[0], [1]]), num_nodes=5)
+    parts = parts_of(data, 2, tmp_path)
+    weights = torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])
+    links = links_of(parts, data, torch.zeros(2000, dtype=torch.int64))
+    for weight, chances in ((None, torch.ones(5)), (weights, weights)):
+        out = NeighborSampler(parts, [1]).sample_edges(
+            links, KEY, NegativeSampling("binary", 2, src_weight=None, dst_weight=weight)
+        )
+        assert out.labels is not None
+        src, dst = (
+            torch.bincount(ids, minlength=5)
+            for ids in out.raw_ids[NODE][out.labels.edge_label_index[:, 2000:]]
+        )
+        for counts, chance in ((src, torch.ones(5)), (dst, chances)):
+            some = chance > 0
+            expected = 4000 * chance / chance.sum()
+            assert int(counts[~some].sum()) == 0
+            chi_square = float(((counts - expected)[some] ** 2 / expected[some]).sum())
+            freedom = int(some.sum()) - 1
+            assert chi_square < freedom + 6 * math.sqrt(2 * freedom)
+
+
+def test_negatives_are_no_later_than_their_link(tmp_path: Path) -> None:
+    data = directed_graph()
+    data.time = torch.arange(60)
+    parts = parts_of(data, 2, tmp_path)
+    parts.tell_halo("time")
+    edges = torch.arange(0, 270, 7)
+    times = data.time[data.edge_index[:, edges]].max(0).values
+    sampler = NeighborSampler(parts, [2], time_attr="time")
+    for mode in ("binary", "triplet"):
+        out = sampler.sample_edges(links_of(parts, data, edges, times=times), KEY, NegativeSampling(mode, 2))
+        labels, raw = out.labels, out.raw_ids[NODE]
+        assert labels is not None
+        assert out.batch is not None
+        if mode == "binary":
+            negatives = raw[labels.edge_label_index[:, edges.numel() :]]
+            assert bool((data.time[negatives] <= times.repeat(2)).all())
+            assert torch.equal(labels.time, times.repeat(3))
+        else:
+            assert bool((data.time[raw[labels.dst_neg_index]] <= times[:, None]).all())
+            assert torch.equal(labels.time, times)
+        assert bool((data.time[raw] <= times[out.batch[NODE]]).all())
+
+
+# --- odd cases ------------------------------------------------------------------------------------------------------
+
+
+def test_no_seeds_and_no_hops(tmp_path: Path) -> None:
+    parts = parts_of(typed_graph(), 2, tmp_path)
+    none = torch.empty(0, dtype=torch.int64)
+    for seeds in ({}, {"paper": Seeds(none, none)}):
+        out = NeighborSampler(parts, [2, 2]).sample_nodes(seeds, KEY)
+        assert all(ids.numel() == 0 for ids in out.ids.values())
+        assert out.num_sampled_nodes == {t: [0, 0, 0] for t in parts.node_types}
+        assert out.num_sampled_edges == {t: [0, 0] for t in parts.edge_types}
+    assert parts.asked == 0
+    out = NeighborSampler(parts, []).sample_nodes({"paper": seeds_of(parts, "paper", torch.arange(3))}, KEY)
+    assert out.raw_ids["paper"].tolist() == [0, 1, 2]
+    links = LinkSeeds(("author", "writes", "paper"), Seeds(none, none), Seeds(none, none))
+    for negatives in (NegativeSampling("binary"), NegativeSampling("triplet", 2)):
+        out = NeighborSampler(parts, [2], disjoint=True).sample_edges(links, KEY, negatives)
+        assert out.row["author", "writes", "paper"].numel() == 0
+
+
+def test_one_question_a_hop(tmp_path: Path) -> None:
+    parts = parts_of(typed_graph(), 3, tmp_path)
+    NeighborSampler(parts, [2, 2, 2]).sample_nodes({"paper": seeds_of(parts, "paper", torch.arange(9))}, KEY)
+    assert parts.asked == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "seeds", "message"),
+    [
+        ({"num_neighbors": {EDGE: [1]}}, None, "num_neighbors: .*expected a list for each"),
+        ({"num_neighbors": [2, -3]}, None, "integers of at least -1, found"),
+        ({"num_neighbors": [2.5]}, None, "integers of at least -1, found"),
+        ({"temporal_strategy": "first"}, None, "temporal strategy of"),
+        ({"time_attr": "time"}, {"paper": torch.arange(2)}, "expected a time for each"),
+        ({}, {"book": torch.arange(2)}, "expected node types of"),
+        ({}, {"paper": torch.tensor([50])}, "expected ids from 0 to 49, found 50"),
+        ({}, {"paper": torch.tensor([0.5])}, "expected int64 of shape"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    options: dict[str, Any], seeds: dict[str, Tensor] | None, message: str, tmp_path: Path
+) -> None:
+    parts = parts_of(typed_graph(), 1, tmp_path)
+    with pytest.raises(SamplingError, match=message):
+        NeighborSampler(parts, **{"num_neighbors": [2], **options}).sample_nodes(
+            {t: Seeds(ids, ids) for t, ids in (seeds or {}).items()}, KEY
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "negatives", "message"),
+    [
+        ({"edge_type": ("author", "to", "book")}, None, "expected ends among"),
+        ({"dst": Seeds(torch.arange(2), torch.arange(2))}, None, "expected 3 of dst"),
+        ({"label": torch.ones(4)}, None, "expected 3 of label"),
+        ({"times": torch.arange(3)}, None, "disjoint sub-graphs only"),
+        ({"label": torch.ones(3)}, NegativeSampling("triplet"), "no labels for triplets"),
+        ({}, NegativeSampling("binary", 1, torch.ones(3)), r"expected shape \[30\]"),
+        ({}, NegativeSampling("binary", 1, -torch.ones(30)), "finite numbers of at least 0"),
+    ],
+)
+def test_links_that_do_not_fit_are_named(
+    change: dict[str, Any], negatives: NegativeSampling | None, message: str, tmp_path: Path
+) -> None:
+    parts = parts_of(typed_graph(), 1, tmp_path)
+    ends = Seeds(torch.arange(3), torch.arange(3))
+    links = replace(LinkSeeds(("author", "writes", "paper"), ends, ends), **change)
+    with pytest.raises(SamplingError, match=message):
+        NeighborSampler(parts, [2]).sample_edges(links, KEY, negatives)
+
+
+# --- mutants --------------------------------------------------------------------------------------------------------
+
+Patch = pytest.MonkeyPatch
+
+
+def draw_by_local_id(patch: Patch) -> None:
+    streams = hop_answers.sample.streams_of
+    patch.setattr(
+        hop_answers.sample,
+        "streams_of",
+        lambda key, raw_ids, rows: streams(key, torch.arange(99).numpy(), rows),
+    )
+
+
+def draw_by_part(patch: Patch) -> None:
+    answer = hop_answers.answer_hop
+
+    def mutant(share: GraphData, request: hop_answers.HopRequest) -> hop_answers.HopReply:
+        return answer(share, replace(request, key=request.key ^ share.part_id))
+
+    patch.setattr("parts.answer_hop", mutant)
+
+
+def merge_in_order_of_owners(patch: Patch) -> None:
+    merge = hop_answers.HopReply.merge
+
+    def mutant(replies: Any, index: Any, num_rows: int) -> hop_answers.HopReply:
+        starts = torch.tensor([0] + [at.numel() for at in index]).cumsum(0)
+        return merge(
+            replies, [torch.arange(a, a + at.numel()) for a, at in zip(starts, index, strict=False)], num_rows
+        )
+
+    patch.setattr(hop_answers.HopReply, "merge", staticmethod(mutant))
+
+
+def order_edges_by_source(patch: Patch) -> None:
+    gather = hop_answers.sample.gather
+
+    def mutant(positions: Any, indices: Any, *columns: Any) -> Any:
+        order = indices[positions].argsort(kind="stable") if len(positions) < 9 else slice(None)
+        return gather(positions[order], indices, *columns)
+
+    patch.setattr(hop_answers.sample, "gather", mutant)
+
+
+def number_by_id(patch: Patch) -> None:
+    r"""Seeds that are drawn alike, but nodes sorted by the ids of a partition."""
+    cat = found_nodes.FoundNodes.advance
+
+    def mutant(self: Any) -> None:
+        for i in range(self._seen, len(self._ids)):
+            order = self._ids[i].argsort()
+            self._ids[i], self._raw_ids[i] = self._ids[i][order], self._raw_ids[i][order]
+        cat(self)
+
+    patch.setattr(found_nodes.FoundNodes, "advance", mutant)
+
+
+def draw_negative_ids(patch: Patch) -> None:
+    r"""Negatives are drawn among ids of the partition instead of raw ids."""
+    draw = negative_links._Picker.draw
+
+    def mutant(self: Any, end: int, which: Tensor, attempt: int, width: int) -> tuple[Tensor, Tensor]:
+        _, ids = draw(self, end, which, attempt, width)
+        raw = self.service.ids_of(
+            self.types[end], torch.arange(int(self.service.offsets(self.types[end])[-1]))
+        )
+        return ids, raw.argsort()[ids]
+
+    patch.setattr(negative_links._Picker, "draw", mutant)
+
+
+def forget_batches(patch: Patch) -> None:
+    key = counter.key
+    patch.setattr(
+        counter, "key", lambda seed, step, layer: key(seed, 0, 0) if layer < 99 else key(seed, 0, layer)
+    )
+
+
+def one_group(patch: Patch) -> None:
+    r"""Trees of different seeds share their nodes."""
+    number = relabel.number_neighbours
+    patch.setattr(
+        found_nodes,
+        "number_neighbours",
+        lambda t, k, i, c, groups, *rest: number(t, k, i, c, groups * 0, *rest),
+    )
+
+
+MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
+    (draw_by_local_id, "uniform"),
+    (draw_by_part, "weighted"),
+    (merge_in_order_of_owners, "uniform"),
+    (order_edges_by_source, "replace"),
+    (number_by_id, "uniform"),
+    (draw_negative_ids, "uniform"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "options"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS])
+def test_a_mutant_samples_otherwise_on_other_parts(
+    mutate: Callable[[Patch], None], options: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    one, three = (parts_of(with_times("directed"), n, tmp_path) for n in (1, 3))
+    assert sample_batches(one, OPTIONS[options]) == sample_batches(three, OPTIONS[options])
+    mutate(monkeypatch)
+    assert sample_batches(one, OPTIONS[options]) != sample_batches(three, OPTIONS[options])
+
+
+def test_mutants_of_one_part_are_noticed(tmp_path: Path, monkeypatch: Patch) -> None:
+    data = directed_graph()
+    parts = parts_of(data, 1, tmp_path)
+    seeds = {NODE: [5, 3, 57, 0]}
+
+    def is_right() -> bool:
+        out = NeighborSampler(parts, [-1, -1], disjoint=True).sample_nodes(
+            {NODE: seeds_of(parts, NODE, torch.tensor(seeds[NODE]))}, KEY
+        )
+        return bool(
+            as_lists(out)["raw_ids"] == in_pygs_order([NODE], edges_of(data), seeds, 2, True)["raw_ids"]
+        )
+
+    def batches_differ() -> bool:
+        sampled = sample_batches(parts, {}, links=False)
+        return len({str(one) for one in sampled}) == len(sampled)
+
+    assert is_right()
+    assert batches_differ()
+    with Patch.context() as patch:
+        one_group(patch)
+        assert not is_right()
+    with Patch.context() as patch:
+        forget_batches(patch)
+        assert not batches_differ()
+
+
+def test_all_mutants_are_listed() -> None:
+    listed = Path(__file__).with_name("MUTANTS.rst").read_text()
+    mutants = [mutate for mutate, _ in MUTANTS] + [one_group, forget_batches]
+    assert [mutate.__name__ for mutate in mutants if f"``{mutate.__name__}``" not in listed] == []
