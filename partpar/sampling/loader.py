@@ -1,0 +1,231 @@
+r"""What all loaders have in common: epochs, steps that all ranks agree on, and batches under way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partpar import exchange
+from partpar.errors import SamplingError
+from partpar.sampling.batches import Batch, BatchMaker, Recipe, Task
+from partpar.sampling.inputs import UNEVEN, Steps, shuffled
+from partpar.sampling.processes import InProcesses
+from partpar.sampling.threads import InOrder
+from partpar.serving.service import Service
+
+TIMEOUT = 60.0
+
+
+class DistLoader:
+    r"""Yields batches, epoch after epoch; the base of :class:`~partpar.sampling.DistNeighborLoader` and
+    :class:`~partpar.sampling.DistLinkNeighborLoader`.
+
+    A batch depends on :obj:`seed`, the epoch, its number in it and its seeds, and on nothing else: not on the number of
+    parts, workers, threads or processes. Several batches are under way while one is trained on; their sampling, the
+    fetching of their attributes and the training overlap.
+
+    A loader is a context manager; :meth:`close` ends it. One that is dropped closes itself.
+
+    Args:
+        service: Answers for the whole graph.
+        recipe: What batches are.
+        batch_size (int): Seeds of a batch. (default: :obj:`1`)
+        shuffle (bool): Whether each epoch has an order of its own, drawn from seed and epoch. (default: :obj:`False`)
+        drop_last (bool): Leave out what fills no batch; all ranks end with the one that has the fewest. (default:
+            :obj:`False`)
+        uneven (str): How ranks with unequal numbers of seeds make equally many steps: ``"split"``: who has fewer batches
+            makes smaller ones, so that every seed comes once; ``"pad"``: begins again with its first seeds; ``"stop"``: all
+            end with the one that is through first. (default: :obj:`"split"`)
+        num_workers (int): Processes that make batches; with 0, threads of this one do. Kernels release the interpreter's
+            lock, so processes only pay for a :obj:`transform` in Python, with ``filter_per_worker=True``. They are
+            spawned, never forked, and hold nothing of the graph. (default: :obj:`0`)
+        prefetch_factor (int): Batches under way for each thread or process. (default: :obj:`2`)
+        concurrency (int): Threads that make batches. (default: :obj:`1`)
+        persistent_workers (bool): Keep processes from epoch to epoch. (default: :obj:`False`)
+        transform (callable, optional): Applied to each batch.
+        filter_per_worker (bool, optional): Whether :obj:`transform` runs in the thread or process that makes the batch, or
+            in the training thread. (default: :obj:`False`)
+        sampler (optional): Yields positions of seeds for an epoch, instead of :obj:`shuffle`.
+        device (optional): Where batches are moved to.
+        timeout (float): Seconds that a process may take for a batch; a part, for an answer. (default: :obj:`60`)
+        **kwargs: What :class:`torch.utils.data.DataLoader` takes besides. ``pin_memory``, ``generator``, ``worker_init_fn``
+            and ``multiprocessing_context`` are accepted and mean nothing here.
+
+    Raises:
+        SamplingError: Arguments do not fit; on every rank where the mistake is seen by all.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        recipe: Recipe,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        uneven: str = "split",
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        concurrency: int = 1,
+        persistent_workers: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+        filter_per_worker: bool | None = None,
+        sampler: Any = None,
+        device: torch.device | str | None = None,
+        timeout: float = 0,
+        **kwargs: Any,
+    ) -> None:
+        strange = set(kwargs) - {"pin_memory", "generator", "worker_init_fn", "multiprocessing_context", "pin_memory_device"}
+        if strange:
+            raise TypeError(f"{type(self).__name__}: unexpected arguments {sorted(strange)}")
+        prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
+        for name, value, low in (
+            ("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("prefetch_factor", prefetch_factor, 1),
+            ("concurrency", concurrency, 1),
+        ):  # fmt: skip
+            if value < low:
+                raise SamplingError(f"{name}: expected at least {low}, found {value}")
+        if uneven not in UNEVEN:
+            raise SamplingError(f"uneven: expected one of {', '.join(UNEVEN)}, found {uneven!r}")
+        if shuffle and sampler is not None:
+            raise SamplingError("expected shuffle or a sampler, found both")
+        self.service, self.batch_size, self.shuffle, self.drop_last = service, batch_size, shuffle, drop_last
+        self.num_workers, self.prefetch_factor, self.concurrency = num_workers, prefetch_factor, concurrency
+        self.persistent_workers = persistent_workers
+        self.transform, self.filter_per_worker = transform, bool(filter_per_worker)
+        self.device, self.timeout = device, timeout or TIMEOUT
+        self.pid, self.epoch = os.getpid(), 0
+        self._order, self._running = sampler, None  # type: Any, Any
+        self._maker = BatchMaker(service, recipe)
+        self._processes: InProcesses | None = None
+        self._closers: list[Callable[[], None]] = []
+        self.count = recipe.columns["input_id"].numel()
+        self.steps = self._agree_on_steps(uneven)
+
+    def _agree_on_steps(self, uneven: str) -> Steps:
+        """Compares notes with the other ranks (collective); alone, there is nobody to fall out of step with."""
+        group = exchange.own_group()
+        rank, _ = exchange.rank_and_size(group)
+        fields = {
+            "batch_size": self.batch_size, "shuffle": int(self.shuffle), "drop_last": int(self.drop_last),
+            "uneven": UNEVEN.index(uneven), "seed": self._maker.recipe.seed, "_seeds": self.count,
+        }  # fmt: skip
+        told = exchange.agree(group, type(self).__name__, fields)
+        counts = [other["_seeds"] for other in told]
+        return Steps.agree(counts, rank, self.batch_size, self.drop_last, uneven)
+
+    # --- iteration --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.steps.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        r"""Sets the number of the next epoch; otherwise each :func:`iter` begins the next one, from 0."""
+        self.epoch = epoch
+
+    def tasks(self, epoch: int) -> Iterator[Task]:
+        r"""The batches of an epoch, unmade."""
+        if self._order is not None:
+            order = torch.as_tensor(list(self._order), dtype=torch.int64)
+        else:
+            order = shuffled(self.count, self._maker.recipe.seed, epoch) if self.shuffle else torch.arange(self.count)
+        for number in range(len(self)):
+            places = self.steps.bounds(number)
+            at = torch.arange(places.start, places.stop)
+            yield Task(epoch, number, order[at % self.count] if self.count else at)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._running is not None:
+            self._running.close()
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        tasks = self.tasks(epoch)
+        ahead = self.prefetch_factor * max(self.num_workers or self.concurrency, 1)
+        if self.num_workers:
+            if self._processes is None:
+                transform = self.transform if self.filter_per_worker else None
+                self._processes = InProcesses(
+                    self.service, self._maker.recipe, transform, self.num_workers, self.prefetch_factor, self.timeout
+                )
+            made = self._processes.run(list(tasks), self.persistent_workers)
+        else:
+            made = InOrder(self._make, tasks, self.concurrency, ahead)
+        self._running = _Epoch(made, self._finish)
+        return self._running
+
+    def _make(self, task: Task) -> Batch:
+        batch = self._maker(task)
+        return self.transform(batch) if self.transform is not None and self.filter_per_worker else batch
+
+    def _finish(self, batch: Batch) -> Batch:
+        if self.transform is not None and not self.filter_per_worker:
+            batch = self.transform(batch)
+        return batch if self.device is None else batch.to(self.device)
+
+    def __call__(self, index: Tensor | list[int]) -> Batch:
+        r"""The batch of some seeds, by their places among the inputs, as the first of epoch 0."""
+        return self._finish(self._make(Task(0, 0, torch.as_tensor(index, dtype=torch.int64))))
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        r"""Ends threads and processes, and the service if the loader started it and is its last user. Where the service
+        speaks to other ranks, these should close theirs too. May be called again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
+        while self._closers:
+            self._closers.pop()()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_running", None) is not None or getattr(self, "_processes", None) is not None:
+            with contextlib.suppress(Exception):  # the interpreter may be half gone
+                self._running, running = None, self._running
+                if running is not None:
+                    running.close()
+                if self._processes is not None:
+                    self._processes.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(pid={self.pid})"
+
+    # --- what PyG's loaders offer besides ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def enable_multithreading(self, worker_threads: int | None = None) -> Iterator[None]:
+        r"""Means nothing here: kernels have their threads. Accepted for scripts that call it."""
+        yield
+
+    @contextlib.contextmanager
+    def enable_cpu_affinity(self, loader_cores: Any = None) -> Iterator[None]:
+        r"""Means nothing here. Accepted for scripts that call it."""
+        yield
+
+
+class _Epoch(Iterator[Batch]):
+    """The batches of an epoch, each finished in the thread that reads them."""
+
+    def __init__(self, made: Any, finish: Callable[[Batch], Batch]) -> None:
+        self._made, self._finish = made, finish
+
+    def __next__(self) -> Batch:
+        if self._made is None:
+            raise StopIteration
+        return self._finish(next(self._made))
+
+    def close(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            made.close()
