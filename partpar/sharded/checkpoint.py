@@ -2,15 +2,17 @@ r"""Shards in the form that :mod:`torch.distributed.checkpoint` saves and loads,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from partpar.errors import RouteError
 from partpar.sharded.shard import Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 class ShardedRows(Tensor):
@@ -46,13 +48,18 @@ class ShardedRows(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShardedRows({tuple(self.shape)}, {len(self.local)} here from {self.first_id})"
 
-    # --- what torch.distributed.checkpoint asks of a tensor ------------------------------------------------------
+    # --- what torch.distributed.checkpoint asks of a tensor (importing it takes memory that training can do without) --
 
     def _chunk(self) -> ChunkStorageMetadata:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         offsets = torch.Size((self.first_id, *[0] * (self.local.dim() - 1)))
         return ChunkStorageMetadata(offsets=offsets, sizes=self.local.shape)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         chunk = self._chunk()
         data = TensorWriteData(
             chunk=chunk, properties=TensorProperties.create_from_tensor(self.local), size=self.shape

@@ -110,44 +110,61 @@ def _nothing(shard: Shard) -> Wanted:
     return Wanted(empty, empty.astype(shard.id_dtype), np.zeros(shard.policy.num_parts, np.int64), shard.rank)
 
 
-def tell(
-    what: str,
-    shards: Sequence[Shard],
-    wanted: Sequence[Wanted],
-    group: ProcessGroup | None,
-    error: RouteError | None,
-    flags: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    r"""Tells all ranks what this one is about to do, and hears the same of them (collective).
+class Word:
+    r"""Tells all ranks what this one is about to do, and hears the same of them (collective). What this rank needs
+    nobody for may be done before :meth:`heard`.
 
-    Returns:
-        int64 ``[num_parts, num_tensors]``, the rows that each rank will name to this one, and the flags of each rank.
-
-    Raises:
-        RouteError: This rank's :obj:`error`, or another's; on every rank.
-        AgreementError: Ranks are in different calls.
+    Args:
+        what: The call's name.
+        shards: The tensors it is about.
+        wanted: For each, what this rank will name to every other.
+        group: An own group.
+        error: What this rank found wrong.
+        flags: A number for every rank.
     """
-    if group is None:
-        if error is not None:
+
+    def __init__(
+        self,
+        what: str,
+        shards: Sequence[Shard],
+        wanted: Sequence[Wanted],
+        group: ProcessGroup | None,
+        error: RouteError | None,
+        flags: int = 0,
+    ) -> None:
+        if group is None and error is not None:
             raise error
-        return np.stack([w.counts for w in wanted], 1), np.array([flags])
-    _, size = exchange.rank_and_size(group)
-    header = np.zeros((size, _HEADER), np.int64)
-    header[:, 0] = digest(what, *(shard.label for shard in shards))
-    header[:, 1], header[:, 2] = int(error is not None), flags
-    for i, w in enumerate(wanted):
-        header[:, _FACTS + i] = w.counts
-    heard = exchange.send_rows(torch.from_numpy(header), [1] * size, [1] * size, group).wait().numpy()
-    if heard[:, 1].any() or (heard[:, 0] != header[0, 0]).any():
-        call = f"{what} of {', '.join(shard.name for shard in shards)}"
-        try:
-            exchange.agree(group, call, {"the tensors": int(header[0, 0])}, None if error is None else str(error))
-        except RouteError:
-            if error is not None:
-                raise error from None
-            raise
-        raise AssertionError("ranks that disagreed agree")
-    return heard[:, _FACTS : _FACTS + len(shards)].copy(), heard[:, 2].copy()
+        self._call, self._group, self._error = f"{what} of {', '.join(shard.name for shard in shards)}", group, error
+        self._size = exchange.rank_and_size(group)[1]
+        header = np.zeros((self._size, _HEADER), np.int64)
+        header[:, 0] = self._digest = digest(what, *(shard.label for shard in shards))
+        header[:, 1], header[:, 2] = int(error is not None), flags
+        self._fields = slice(_FACTS, _FACTS + len(shards))
+        header[:, self._fields] = np.stack([w.counts for w in wanted], 1)
+        ones = [1] * self._size
+        told = torch.from_numpy(header)
+        self._flight = (
+            exchange.RowsInFlight(told) if group is None else exchange.send_rows(told, ones, ones, group)
+        )
+
+    def heard(self) -> tuple[np.ndarray, np.ndarray]:
+        r"""int64 ``[num_parts, num_tensors]``, the rows that each rank will name to this one, and each rank's flags.
+
+        Raises:
+            RouteError: This rank's error, or another's; on every rank.
+            AgreementError: Ranks are in different calls.
+        """
+        heard = self._flight.wait().numpy()
+        if heard[:, 1].any() or (heard[:, 0] != self._digest).any():
+            wrong = None if self._error is None else str(self._error)
+            try:
+                exchange.agree(self._group, self._call, {"the tensors": self._digest}, wrong)
+            except RouteError:
+                if self._error is not None:
+                    raise self._error from None
+                raise
+            raise AssertionError("ranks that disagreed agree")
+        return heard[:, self._fields].copy(), heard[:, 2].copy()
 
 
 # --- layouts on the wire ---------------------------------------------------------------------------------------------
@@ -245,20 +262,19 @@ def pull(
         error = found
     if error is not None:
         wanted = [_nothing(shard) for shard in shards]
-    heard, _ = tell(what, shards, wanted, group, error)
+    word = Word(what, shards, wanted, group, error)
     rank = shards[0].rank
     asked = _away(np.stack([w.counts for w in wanted], 1), rank)
-    out = [torch.empty((len(i), *s.rows.shape[1:]), dtype=s.rows.dtype) for s, i in zip(shards, ids, strict=True)]
-    way = RowsOnTheWay(out, shards, wanted, asked)
-    flight = None
-    if group is not None:
-        heard = _away(heard, rank)
-        flight = _send_ids(wanted, asked, heard, group)
+    out = [
+        torch.empty((len(w.order), *s.rows.shape[1:]), dtype=s.rows.dtype) for s, w in zip(shards, wanted, strict=True)
+    ]
     for shard, w, rows in zip(shards, wanted, out, strict=True):
         own = w.block(rank)
         fetch_rows(shard.words, w.local[own], words(rows), w.order[own])
-    if flight is not None and group is not None:
-        named = flight.wait().numpy()
+    heard = _away(word.heard()[0], rank)
+    way = RowsOnTheWay(out, shards, wanted, asked)
+    if group is not None:
+        named = _send_ids(wanted, asked, heard, group).wait().numpy()
         starts, send_bytes = _starts(heard, shards)
         sent = _take(sum(send_bytes))
         begin, buffer = 0, sent.numpy()
@@ -331,20 +347,22 @@ def push(
         error = found
     if error is not None:
         wanted = [_nothing(shard) for shard in shards]
-    heard, all_flags = tell(what, shards, wanted, group, error, flags)
-    rank, sent, landing, named = shards[0].rank, None, None, np.empty(0, np.int64)
+    word = Word(what, shards, wanted, group, error, flags)
+    rank, landing, named = shards[0].rank, None, np.empty(0, np.int64)
+    asked = _away(np.stack([w.counts for w in wanted], 1), rank)
+    starts, send_bytes = _starts(asked, shards)
+    sent = _take(sum(send_bytes))
+    buffer = sent.numpy()
+    for i, (shard, w) in enumerate(zip(shards, wanted, strict=True)):
+        rows = words(values[i])
+        for part in np.flatnonzero(asked[:, i]).tolist():
+            num = int(asked[part, i])
+            into = _block(buffer, int(starts[part, i]), num, shard.row_bytes, word_of(shard.row_bytes))
+            fetch_rows(rows, w.order[w.block(part)], into, _in_order(num))
+    heard, all_flags = word.heard()
+    heard = _away(heard, rank)
     if group is not None:
-        asked, heard = _away(np.stack([w.counts for w in wanted], 1), rank), _away(heard, rank)
         flight = _send_ids(wanted, asked, heard, group)
-        starts, send_bytes = _starts(asked, shards)
-        sent = _take(sum(send_bytes))
-        buffer = sent.numpy()
-        for i, (shard, w) in enumerate(zip(shards, wanted, strict=True)):
-            rows = words(values[i])
-            for part in np.flatnonzero(asked[:, i]).tolist():
-                num = int(asked[part, i])
-                into = _block(buffer, int(starts[part, i]), num, shard.row_bytes, word_of(shard.row_bytes))
-                fetch_rows(rows, w.order[w.block(part)], into, _in_order(num))
         starts, recv_bytes = _starts(heard, shards)
         landing = _take(sum(recv_bytes))
         carried = exchange.send_rows(sent, send_bytes, recv_bytes, group, landing)
@@ -364,5 +382,5 @@ def push(
                 typed = _block(landing.numpy(), int(starts[part, i]), num, shard.row_bytes, kind)
                 brought[i].append(Brought(named[begin : begin + num], typed, _in_order(num)))
                 begin += num
-    buffers = () if sent is None or landing is None else (sent, landing)
+    buffers = (sent,) if landing is None else (sent, landing)
     return Arrived(brought, all_flags, buffers)
