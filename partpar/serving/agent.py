@@ -25,7 +25,7 @@ from partpar.serving.outbox import Outbox
 from partpar.serving.transport import Tensors, Values, Verbs
 
 MIN_THREADS = 4  # with fewer, two parts that ask each other can run out of threads that answer
-_FAREWELL = 15.0  # seconds to wait for those who still ask
+FAREWELL = 15.0  # seconds to wait for those who still ask
 
 _lock = threading.RLock()
 _endpoints: dict[str, Verbs] = {}
@@ -95,7 +95,7 @@ def start_in_default_group(timeout: float, num_threads: int) -> None:
     start(f"worker {rank}".replace(" ", "-"), rank, dist.get_world_size(), store, timeout, num_threads)
 
 
-def stop(timeout: float = _FAREWELL, wait: bool = True) -> None:
+def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
     r"""Gives a lease back; with the last one, stops the agent.
 
     Args:

@@ -104,6 +104,9 @@ class Transport(ABC):
         r"""Who is asked, for messages."""
         return f"part {part}"
 
+    def abandon(self) -> None:  # noqa: B027 - most wait for nobody
+        r"""Has :meth:`close` wait for nobody: something failed here."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         r"""Ends it, in bounded time."""
 
