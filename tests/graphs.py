@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 
 def directed_graph(
@@ -85,3 +85,36 @@ def _dense(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, shape: np.
     dense = np.zeros(shape, dtype=data.dtype)
     dense[np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), indices] = data
     return dense
+
+
+def typed_graph(seed: int = 0, num_features: int = 8) -> HeteroData:
+    r"""A typed graph with 4 node types and 6 relations, of which one is empty and one joins a type with itself.
+
+    Types are ``a`` (40 nodes, labelled in 3 classes, half of them ``train_mask``), ``b`` (30), ``c`` (25) and ``d``
+    (7); all are some relation's destination. Edges are in no order, some twice; about a fifth of the nodes have none.
+
+    Returns:
+        For each type ``x`` float64 ``[N, num_features]``; for each relation ``t``, float64, from 0 to 1.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {"a": 40, "b": 30, "c": 25, "d": 7}
+    relations = {
+        ("a", "ab", "b"): 110,
+        ("b", "bc", "c"): 70,
+        ("c", "cd", "d"): 25,
+        ("d", "da", "a"): 60,
+        ("a", "aa", "a"): 90,
+        ("c", "cb", "b"): 0,
+    }
+    data = HeteroData()
+    for name, size in sizes.items():
+        data[name].x = torch.randn(size, num_features, generator=draw, dtype=torch.float64)
+    data["a"].y = torch.randint(3, (sizes["a"],), generator=draw)
+    data["a"].train_mask = torch.rand(sizes["a"], generator=draw) < 0.5
+    for (source, name, destination), count in relations.items():
+        ends = [torch.randint(-(-4 * sizes[t] // 5), (count,), generator=draw) for t in (source, destination)]
+        edges = torch.stack(ends)
+        edges = torch.cat([edges, edges[:, : count // 20]], 1)
+        data[source, name, destination].edge_index = edges
+        data[source, name, destination].t = torch.rand(edges.size(1), generator=draw, dtype=torch.float64)
+    return data

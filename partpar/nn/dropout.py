@@ -84,6 +84,18 @@ class Dropout(torch.nn.Module):
             return x
         check_owned_first(self, route)
         source, destination = (edge_index if route is None else route.raw_ids[edge_index]).unbind()
+        return self.drop_pairs(x, source, destination)
+
+    def drop_pairs(self, x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
+        r"""Drops entries of rows that belong to pairs of nodes.
+
+        Args:
+            x (torch.Tensor): ``[E, *]``.
+            source (torch.Tensor): ``[E]``, the raw ids of one end.
+            destination (torch.Tensor): ``[E]``, those of the other.
+        """
+        if not self.training or self.p == 0.0:
+            return x
         return self._drop(x, counter.pair_ids(source, destination))
 
     def _drop(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -55,16 +55,7 @@ class RoutedConv(torch.nn.Module):
 
     def __init__(self, conv: torch.nn.Module) -> None:
         super().__init__()
-        check_flow(conv, getattr(conv, "flow", "source_to_target"))
-        refuse_over_all_rows(conv, f"RoutedConv({type(conv).__name__})")
-        first = next(iter(inspect.signature(conv.forward).parameters.values()), None)
-        if first is None or takes_route(conv) or first.annotation in (Tensor, "Tensor", "torch.Tensor"):
-            ours = ", ".join(sorted(_ROUTED_THEMSELVES))
-            raise ValueError(
-                f"RoutedConv: expected a convolution that takes a pair (x_src, x_dst), found "
-                f"{type(conv).__name__}, whose forward takes a single tensor; partpar.nn has {ours}, or write the "
-                f"layer with one line, x = route.apply(x)"
-            )
+        check_bipartite(conv, "RoutedConv")
         self.conv = conv
 
     def reset_parameters(self) -> None:
@@ -94,6 +85,34 @@ class RoutedConv(torch.nn.Module):
             else:
                 edge_index = edge_index_of(edge_index)
         return self.conv((with_halo(x, route), owned(x)), edge_index, **kwargs)
+
+
+def check_bipartite(conv: torch.nn.Module, where: str) -> None:
+    r"""Refuses a convolution that could not be called with ``(sources, owned)``.
+
+    Raises:
+        ValueError: It takes no pair, sends messages from target to source, or has a norm over all rows;
+            :obj:`where` begins the message.
+    """
+    check_flow(conv, getattr(conv, "flow", "source_to_target"))
+    refuse_over_all_rows(conv, f"{where}({type(conv).__name__})")
+    if not takes_pair(conv):
+        ours = ", ".join(sorted(_ROUTED_THEMSELVES))
+        raise ValueError(
+            f"{where}: expected a convolution that takes a pair (x_src, x_dst), found "
+            f"{type(conv).__name__}, whose forward takes a single tensor; partpar.nn has {ours}, or write the "
+            f"layer with one line, x = route.apply(x)"
+        )
+
+
+def takes_pair(conv: torch.nn.Module) -> bool:
+    r"""Whether a convolution may be called with ``(sources, owned)``, as far as its signature tells."""
+    first = next(iter(inspect.signature(conv.forward).parameters.values()), None)
+    return (
+        first is not None
+        and not takes_route(conv)
+        and first.annotation not in (Tensor, "Tensor", "torch.Tensor")
+    )
 
 
 _ROUTED_THEMSELVES = {"GCNConv", "SAGEConv", "GATConv", "GATv2Conv", "GINConv", "GINEConv"}

@@ -57,6 +57,12 @@ def call(module: torch.nn.Module, x: Tensor, route: Route | None) -> Tensor:
     return module(x, route=route) if takes_route(module) else module(x)
 
 
+def is_over_all_rows(module: object) -> bool:
+    r"""Whether a module is a norm whose statistics run over all rows that it is given."""
+    graph_wise = isinstance(module, pyg_nn.LayerNorm) and module.mode == "graph"
+    return graph_wise or isinstance(module, _OVER_ALL_ROWS)
+
+
 def refuse_over_all_rows(module: object, where: str) -> None:
     r"""Refuses a module that :func:`call` could not run exactly on some of the rows.
 

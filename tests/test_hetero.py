@@ -1,0 +1,345 @@
+r"""Typed graphs on several workers give what PyG's own classes give in one process: RGCN, HeteroSAGE, HGT, HAN, any
+convolutions in a HeteroConv, and models made by ``to_hetero``.
+
+Errors are max ``|a - b| / max(1, |b|)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from gang import Gang, Worker
+from graphs import npz_path, typed_graph
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch_geometric.data import HeteroData
+
+from partpar import GraphData, datasets, nn
+from partpar.exchange import meter
+from partpar.nn import global_mean
+
+NAMES = ("rgcn", "bases", "blocks", "sage", "mixed", "hgt", "han", "to_hetero")
+WAYS = ("edge_index", "adj", "kept")
+ALGORITHMS = ("metis", "multi-constraint-metis", "ldg", "random", "given")
+HIDDEN = 8
+
+
+class Task(NamedTuple):
+    r"""A graph, the type whose nodes are classified, and the number of classes."""
+
+    data: HeteroData
+    target: str
+    classes: int
+
+
+@functools.cache
+def load(graph: str) -> Task:
+    if graph == "generated":
+        return Task(typed_graph(), "a", 3)
+    data = datasets.from_npz(npz_path("dblp_hetero"))
+    assert isinstance(data, HeteroData)
+    small, draw = HeteroData(), torch.Generator().manual_seed(0)
+    for t in data.node_types:
+        x = data[t].get("x")
+        if x is None:
+            x = torch.randn(data[t].num_nodes, 8, generator=draw, dtype=torch.float64)
+        else:
+            x = F.normalize(x.double(), p=1.0) @ torch.randn(x.size(1), 8, generator=draw, dtype=torch.float64) * 4
+        small[t].x = x
+    small["author"].y, small["author"].train_mask = data["author"].y.long(), data["author"].train_mask.bool()
+    for s, name, d in data.edge_types:
+        small[s, name, d].edge_index = data[s, name, d].edge_index.long()
+        small[d, f"rev_{name}", s].edge_index = data[s, name, d].edge_index.long().flip(0)
+    return Task(small, "author", 4)
+
+
+class Layers(torch.nn.Module):
+    r"""Two layers over all types, then a linear map of the target's rows."""
+
+    def __init__(self, make: Callable[[], torch.nn.Module], task: Task) -> None:
+        super().__init__()
+        self.first, self.second = make(), make()
+        self.head = torch.nn.Linear(HIDDEN, task.classes)
+        self.target = task.target
+
+    def forward(self, x: Any, edges: Any, **route: Any) -> Tensor:
+        hidden = {t: rows.relu() for t, rows in self.first(x, edges, **route).items() if rows is not None}
+        return self.head(self.second(hidden, edges, **route)[self.target])
+
+
+class Joined(torch.nn.Module):
+    r"""PyG's RGCN takes a typed graph as one of one type."""
+
+    def __init__(self, conv: torch.nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: dict[str, Tensor], edges: dict[Any, Tensor]) -> dict[str, Tensor]:
+        sizes = [rows.size(0) for rows in x.values()]
+        first = dict(zip(x, [0, *torch.tensor(sizes).cumsum(0).tolist()], strict=False))
+        shifted = [e + torch.tensor([[first[s]], [first[d]]]) for (s, _, d), e in edges.items()]
+        number = torch.cat([torch.full((e.size(1),), i) for i, e in enumerate(shifted)])
+        out = self.conv(torch.cat(list(x.values())), torch.cat(shifted, 1), number)
+        return dict(zip(x, out.split(sizes), strict=True))
+
+
+class Plain(torch.nn.Module):
+    r"""A model of one type as a user writes it, for ``to_hetero``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = pyg.SAGEConv((8, 8), HIDDEN), pyg.BatchNorm(HIDDEN)
+        self.second = pyg.GATConv((HIDDEN, HIDDEN), HIDDEN, heads=2, concat=False, add_self_loops=False)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x, edge_index)).relu(), edge_index)
+
+
+class ToHetero(torch.nn.Module):
+    def __init__(self, task: Task, route: bool) -> None:
+        super().__init__()
+        self.inner = pyg.to_hetero(Plain(), task.data.metadata())
+        self.inner = nn.route_model(self.inner) if route else self.inner
+        self.head, self.target = torch.nn.Linear(HIDDEN, task.classes), task.target
+
+    def forward(self, x: Any, edges: Any, **route: Any) -> Tensor:
+        return self.head(self.inner(x, edges, **route)[self.target])
+
+
+def convolutions(task: Task) -> dict[Any, torch.nn.Module]:
+    r"""A different kind of PyG's for each relation."""
+    makers = (
+        lambda: pyg.GATConv((8, 8), HIDDEN, add_self_loops=False),
+        lambda: pyg.GINConv(torch.nn.Linear(8, HIDDEN)),
+        lambda: pyg.SAGEConv((8, 8), HIDDEN, aggr="max"),
+        lambda: pyg.GATv2Conv((8, 8), HIDDEN, add_self_loops=False),
+        lambda: pyg.TransformerConv((8, 8), HIDDEN),
+        lambda: pyg.GraphConv((8, 8), HIDDEN),
+    )
+    return {e: makers[i % len(makers)]() for i, e in enumerate(task.data.edge_types)}
+
+
+def build(task: Task, ours: bool, names: tuple[str, ...] = NAMES) -> torch.nn.ModuleDict:
+    r"""All models, of PyG's classes or ours, with the same first weights."""
+    types, meta = task.data.edge_types, task.data.metadata()
+    zoo: Any = nn if ours else pyg
+
+    def rgcn(**options: Any) -> torch.nn.Module:
+        if ours:
+            return nn.RGCNConv(8, HIDDEN, types, **options)
+        return Joined(pyg.RGCNConv(8, HIDDEN, len(types), **options))
+
+    def sage() -> torch.nn.Module:
+        if ours:
+            return nn.HeteroSAGEConv(8, HIDDEN, types)
+        return pyg.HeteroConv({e: pyg.SAGEConv((8, 8), HIDDEN) for e in types})
+
+    makers: dict[str, Callable[[], torch.nn.Module]] = {
+        "rgcn": rgcn,
+        "bases": lambda: rgcn(num_bases=2, aggr="sum", root_weight=False),
+        "blocks": lambda: rgcn(num_blocks=2, aggr="max"),
+        "sage": sage,
+        "mixed": lambda: zoo.HeteroConv(convolutions(task), aggr="mean"),
+        "hgt": lambda: zoo.HGTConv(8, HIDDEN, meta, heads=2),
+        "han": lambda: zoo.HANConv(8, HIDDEN, meta, heads=2),
+    }
+    built = {}
+    for name in names:
+        torch.manual_seed(1)
+        built[name] = ToHetero(task, ours) if name == "to_hetero" else Layers(makers[name], task)
+    return torch.nn.ModuleDict(built).double()
+
+
+class Losses(torch.nn.Module):
+    r"""The loss of each model, ``[models]``: one pass of :class:`DistributedDataParallel` serves all."""
+
+    def __init__(self, built: torch.nn.ModuleDict, loss_of: Callable[[torch.nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.built, self.loss_of = built, loss_of
+
+    def forward(self) -> Tensor:
+        return torch.stack([self.loss_of(model) for model in self.built.values()])
+
+
+Runs = dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def train(losses_of: torch.nn.Module, built: torch.nn.ModuleDict, steps: int) -> Runs:
+    r"""Losses ``[steps]``, gradients ``[steps, parameters]`` and final weights of each model; a parameter that nothing
+    depends on has the gradient 0."""
+    optimizer = torch.optim.SGD(built.parameters(), lr=0.1)
+    losses, grads = [], {name: [] for name in built}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        values = losses_of()
+        values.sum().backward()
+        losses.append(values.detach())
+        for name, model in built.items():
+            flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+            grads[name].append(torch.cat(flat))
+        optimizer.step()
+    weights = {n: torch.cat([p.detach().flatten() for p in m.parameters()]) for n, m in built.items()}
+    by_model = torch.stack(losses).unbind(1)
+    return {n: (by_model[i], torch.stack(grads[n]), weights[n]) for i, n in enumerate(built)}
+
+
+def errors(found: Runs, expected: Runs) -> dict[tuple[str, str], float]:
+    return {
+        (name, what): float(((a - b).abs() / b.abs().clamp(min=1)).max())
+        for name in found
+        for what, a, b in zip(("losses", "gradients", "parameters"), found[name], expected[name], strict=True)
+    }
+
+
+@functools.cache
+def reference(graph: str, steps: int, names: tuple[str, ...] = NAMES) -> Runs:
+    task = load(graph)
+    mask, y = task.data[task.target].train_mask, task.data[task.target].y
+    x, edges = task.data.collect("x"), task.data.collect("edge_index")
+    built = build(task, ours=False, names=names)
+    return train(Losses(built, lambda model: F.cross_entropy(model(x, edges)[mask], y[mask])), built, steps)
+
+
+def same_weights(task: Task, names: tuple[str, ...]) -> torch.nn.ModuleDict:
+    built, theirs = build(task, ours=True, names=names), build(task, ours=False, names=names)
+    pairs = zip(built.state_dict().items(), theirs.state_dict().values(), strict=True)
+    built.load_state_dict({key: value.clone() for (key, _), value in pairs})
+    return built
+
+
+def worker_case(
+    worker: Worker, root: Path, graph: str, algorithm: str, way: str, steps: int, names: tuple[str, ...] = NAMES
+) -> Runs:
+    r"""Trains all models through DDP on this worker's share."""
+    warnings.simplefilter("ignore")
+    task = load(graph)
+    share = GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
+    route = share.to_route(worker.group)
+    owned = share.node(task.target)
+    x = share.collect("x")
+    rows = nn.keep_halos(x, route) if way == "kept" else x
+    edges = share.edge_index_dict() if way == "edge_index" else share.adj_dict()
+    built = same_weights(task, names)
+
+    def loss_of(model: torch.nn.Module) -> Tensor:
+        out = model(x if isinstance(model, ToHetero) else rows, edges, route=route)
+        return global_mean(F.cross_entropy(out, owned["y"], reduction="none"), owned["train_mask"], route)
+
+    parallel = DistributedDataParallel(
+        Losses(built, loss_of), process_group=worker.group, broadcast_buffers=False, find_unused_parameters=True
+    )
+    return train(parallel, built, steps)
+
+
+@pytest.fixture(scope="session")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int], Path]:
+    r"""``(graph, algorithm, num_parts)`` to the root of that partition, cut once."""
+    folder = tmp_path_factory.mktemp("typed")
+
+    @functools.cache
+    def partition(graph: str, algorithm: str, num_parts: int) -> Path:
+        data = load(graph).data
+        options = {}
+        if algorithm == "given":  # nobody is in part 0, unless it is the only one, and type d is all in the last
+            draw = torch.Generator().manual_seed(num_parts)
+            assignment = {
+                t: torch.randint(min(1, num_parts - 1), num_parts, (data[t].num_nodes,), generator=draw)
+                for t in data.node_types
+            }
+            assignment[data.node_types[-1]].fill_(num_parts - 1)
+            options = {"assignment": assignment}
+        weights = ["#nodes:*", "train_mask:*"] if algorithm == "multi-constraint-metis" else None
+        whole = GraphData.from_pyg_data(data)
+        whole.partition_graph(folder / graph, num_parts, weights, algorithm=algorithm, partition_kwargs=options)
+        return folder / graph
+
+    return partition
+
+
+def agree(gang: Gang, root: Path, graph: str, algorithm: str, way: str, num_parts: int, steps: int) -> None:
+    expected = reference(graph, steps)
+    results = gang.run(worker_case, num_parts, root, graph, algorithm, way, steps, timeout=280)
+    wrong = {
+        (rank, *what): e for rank, runs in enumerate(results) for what, e in errors(runs, expected).items()
+    }
+    assert len(wrong) == 3 * len(NAMES) * num_parts
+    assert not {what: e for what, e in wrong.items() if not e < 1e-10}
+
+
+@pytest.mark.filterwarnings("ignore:.*balance", "ignore:There exist node types")
+@pytest.mark.parametrize(
+    ("num_parts", "algorithm", "way"),
+    [(1, "metis", "adj"), (2, "given", "kept"), (3, "random", "edge_index"), (4, "metis", "adj")],
+)
+def test_training_is_that_of_one_process(
+    gang: Gang, cut: Any, num_parts: int, algorithm: str, way: str
+) -> None:
+    agree(gang, cut("generated", algorithm, num_parts), "generated", algorithm, way, num_parts, 20)
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*balance", "ignore:There exist node types")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_so_is_it_for_every_cut(gang: Gang, cut: Any, world_size: int, algorithm: str) -> None:
+    root = cut("generated", algorithm, world_size)
+    for way in WAYS:
+        agree(gang, root, "generated", algorithm, way, world_size, 20)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:.*balance", "ignore:There exist node types")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_so_is_it_on_a_real_graph(gang: Gang, cut: Any, world_size: int, algorithm: str) -> None:
+    way = WAYS[(world_size + ALGORITHMS.index(algorithm)) % 3]
+    agree(gang, cut("dblp", algorithm, world_size), "dblp", algorithm, way, world_size, 20)
+
+
+def test_a_real_graph_in_short(gang: Gang, cut: Any) -> None:
+    names = ("rgcn", "sage", "hgt", "han")
+    expected = reference("dblp", 2, names)
+    for runs in gang.run(worker_case, 2, cut("dblp", "metis", 2), "dblp", "metis", "kept", 2, names):
+        assert max(errors(runs, expected).values()) < 1e-10
+
+
+def test_the_reference_learns() -> None:
+    for name, (losses, grads, _) in reference("generated", 20).items():
+        assert float(losses[-1]) < float(losses[0]) - 0.02, name
+        assert grads.abs().max() > 1e-3
+
+
+def count(worker: Worker, root: Path) -> list[tuple[int, int, int, int]]:
+    r"""Exchanges, messages, bytes and the bytes foretold: of a route, then exchanges and messages of each model's pass
+    forwards and backwards."""
+    share = GraphData.load_partition(root, worker.rank, worker.world_size, "random")
+    route, x = share.to_route(worker.group), share.collect("x")
+    found = []
+    for types in (["a"], ["a", "b"], list(x)):
+        meter.reset()
+        route.apply({t: x[t] for t in types})
+        foretold = sum(route.bytes_per_peer({t: 8 for t in types}, torch.float64))
+        found.append((meter.calls, meter.messages, meter.bytes_sent, foretold))
+    for model in build(load("generated"), ours=True).values():
+        meter.reset()
+        out = model({t: rows.clone().requires_grad_() for t, rows in x.items()}, share.adj_dict(), route=route)
+        out.sum().backward()
+        found.append((meter.calls, meter.messages, 0, 0))
+    return found
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_an_exchange_is_one_message_to_each_peer(gang: Gang, cut: Any, num_parts: int) -> None:
+    for found in gang.run(count, num_parts, cut("generated", "random", num_parts)):
+        for calls, messages, sent, foretold in found[:3]:
+            assert (calls, messages) == (1, num_parts - 1)
+            assert sent == foretold > 0
+        for calls, messages, *_ in found[3:]:  # two layers, forwards and backwards
+            assert calls == 4 and messages == calls * (num_parts - 1)
