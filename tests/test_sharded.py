@@ -236,15 +236,15 @@ def save(worker: Worker, folder: Path, optimiser: str) -> tuple[Tensor, Tensor]:
 
 
 def load(worker: Worker, folder: Path, optimiser: str, hands: int) -> tuple[Tensor, Tensor]:
-    table = DistEmbedding(29, 4, "e", part_policy=(0, 20, *[29] * (worker.world_size - 1)), dtype=torch.float64)
+    policy = (0, 20, 29) if worker.world_size == 2 else None
+    table = DistEmbedding(29, 4, "e", part_policy=policy, dtype=torch.float64)
     steps = OPTIMISERS[optimiser]([table], lr=0.7)
     state = {"emb": table.state_dict(), "opt": steps.state_dict()}
     dcp.load(state, checkpoint_id=folder)
     table.load_state_dict(state["emb"])
     steps.load_state_dict(state["opt"])
     before = table(torch.arange(29)).detach()
-    for _ in range(hands if worker.rank == 0 else 0):  # as many gradients as the ranks that saved had
-        pass
+    # As many gradients as the ranks that saved had.
     ids = torch.arange(29).repeat(hands) if worker.rank == 0 else torch.empty(0, dtype=torch.int64)
     table(ids).square().sum().backward()
     steps.step()

@@ -2,6 +2,7 @@ r"""Tensors with a row for each node that no worker holds whole, and embeddings 
 
 from partpar.sharded.embedding import DistEmbedding, lookup
 from partpar.sharded.initializers import Constant, Normal, Uniform, xavier_uniform
+from partpar.sharded.one_sided import OneSided, RowService, serve_rows
 from partpar.sharded.optim import SparseAdagrad, SparseAdam, SparseOptimizer, SparseSGD
 from partpar.sharded.policy import PartPolicy, edge_policy, even_policy, node_policy
 from partpar.sharded.split import edge_split, node_split
@@ -12,7 +13,9 @@ __all__ = [
     "DistEmbedding",
     "DistTensor",
     "Normal",
+    "OneSided",
     "PartPolicy",
+    "RowService",
     "SparseAdagrad",
     "SparseAdam",
     "SparseOptimizer",
@@ -24,5 +27,6 @@ __all__ = [
     "lookup",
     "node_policy",
     "node_split",
+    "serve_rows",
     "xavier_uniform",
 ]

@@ -41,7 +41,7 @@ class SparseOptimizer:
     _state_names: tuple[str, ...] = ()
 
     def __init__(
-        self, params: Sequence[DistEmbedding], lr: float, scale_grad: float = 1.0, reduction: str = "sum"
+        self, params: Sequence[DistEmbedding], lr: float = 0.01, scale_grad: float = 1.0, reduction: str = "sum"
     ) -> None:
         name, self.params = type(self).__name__, list(params)
         strange = [type(table).__name__ for table in self.params if not isinstance(table, DistEmbedding)]
