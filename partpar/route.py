@@ -143,6 +143,10 @@ class Route:
             self, raw_ids=self.raw_ids.to(device), send_index=self.send_index.to(device), order=order
         )
 
+    def __repr__(self) -> str:
+        halo = f"{self.num_owned} owned, {self.num_halo} halo, {sum(self.send_splits)} sent"
+        return f"Route(rank {self.rank} of {self.world_size}: {halo})"
+
     # --- moving rows --------------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor) -> Tensor:

@@ -195,8 +195,10 @@ def test_existing_partition_is_kept(tmp_path: Path) -> None:
     before = file_digest(folder / "000.safetensors"), (folder / "000.safetensors").stat().st_ino
     graph.partition_graph(tmp_path, 2)
     assert before == (file_digest(folder / "000.safetensors"), (folder / "000.safetensors").stat().st_ino)
-    with pytest.raises(PartitionExistsError, match="pass overwrite=True"):
+    with pytest.raises(PartitionExistsError, match="from another graph; pass overwrite=True"):
         other.partition_graph(tmp_path, 2)
+    with pytest.raises(PartitionExistsError, match=r"options {} instead of {'seed': 3}"):
+        graph.partition_graph(tmp_path, 2, partition_kwargs={"seed": 3})
     assert before[0] == file_digest(folder / "000.safetensors")
     other.partition_graph(tmp_path, 2, overwrite=True)
     check_tiling(other, tmp_path, 2, "metis")
