@@ -1,76 +1,39 @@
-r"""All parts of a partition in one process, behind one service: what sampling over parts is compared on."""
+r"""All parts of a partition in one process, behind the service of the first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 
 from partpar import GraphData
-from partpar.graph import EdgeType
-from partpar.serving.hop import HopReply, HopRequest, answer_hop
-from partpar.serving.local import Answered
+from partpar.serving import Service
+from partpar.serving.cache import RowCache
+from partpar.serving.owner import Owner
+from partpar.serving.transport import InProcessTransport
 
 
-class AllParts:
-    r"""Splits each request by owner, as a service over processes does; messages go through their wire form."""
-
-    def __init__(self, shares: list[GraphData], part_id: int = 0) -> None:
-        self.shares, self.part_id, self.num_parts = shares, part_id, len(shares)
-        self.node_types, self.edge_types = shares[0].node_types, shares[0].edge_types
-        self._ids: dict[str, Tensor] = {}
-        for node_type in self.node_types:
-            raw = torch.cat([share.node(node_type)["raw_ids"] for share in shares])
-            self._ids[node_type] = torch.empty_like(raw)
-            self._ids[node_type][raw] = torch.arange(raw.numel())
-        self.asked = 0
-
-    def offsets(self, node_type: str) -> Tensor:
-        return self.shares[0].offsets(node_type)
-
-    def hop_begin(self, requests: Mapping[EdgeType, HopRequest]) -> Answered:
-        self.asked += 1
-        replies = {}
-        for edge_type, request in requests.items():
-            owners = torch.searchsorted(self.offsets(edge_type[2]), request.ids, right=True) - 1
-            index = [(owners == p).nonzero().flatten() for p in range(self.num_parts)]
-            asked = [HopRequest.from_wire(*request.take(at).to_wire()) for at in index]
-            told = [answer_hop(share, one).to_wire() for share, one in zip(self.shares, asked, strict=True)]
-            replies[edge_type] = HopReply.merge(
-                [HopReply.from_wire(*one) for one in told], index, request.ids.numel()
-            )
-        return Answered(replies)
-
-    def ids_of(self, node_type: str, raw_ids: Tensor) -> Tensor:
-        return self._ids[node_type][raw_ids]
-
-    def has_node_attr(self, node_type: str, name: str) -> bool:
-        return name in self.shares[0].node(node_type)
-
-    def node_rows(self, node_type: str, name: str, ids: Tensor) -> Tensor:
-        return torch.cat([share.node(node_type)[name] for share in self.shares])[ids]
-
-    def tell_halo(self, name: str) -> None:
-        r"""Sets a node attribute for the sources of all shares, owned nodes and halo."""
-        for node_type in self.node_types:
-            if self.has_node_attr(node_type, name):
-                for share in self.shares:
-                    sources = share.node(node_type, "src")
-                    sources[name] = self.node_rows(node_type, name, sources["ids"])
-
-
-def parts_of(data: Data | HeteroData, num_parts: int, folder: Path) -> AllParts:
+def shares_of(data: Data | HeteroData, num_parts: int, folder: Path) -> list[GraphData]:
     r"""A random cut, written and read back."""
     GraphData.from_pyg_data(data).partition_graph(folder, num_parts, algorithm="random")
-    return AllParts(
-        [
-            GraphData.load_partition(folder, part, num_parts, algorithm="random", verify=False)
-            for part in range(num_parts)
-        ]
-    )
+    return [
+        GraphData.load_partition(folder, part, num_parts, algorithm="random", verify=False)
+        for part in range(num_parts)
+    ]
+
+
+def parts_of(data: Data | HeteroData, num_parts: int, folder: Path) -> Service:
+    r"""Asks all parts of a random cut."""
+    return serve(shares_of(data, num_parts, folder))
+
+
+def serve(shares: list[GraphData]) -> Service:
+    r"""The service of the first of all shares of a graph."""
+    owners = [Owner(share, RowCache(share, 0)) for share in shares]
+    transport = InProcessTransport({part: owner.verbs for part, owner in enumerate(owners)})
+    services = [Service(owner, transport) for owner in owners]  # each tells its part how to ask the others
+    return services[0]
 
 
 def typed_graph(seed: int = 0) -> HeteroData:

@@ -3,11 +3,12 @@ r"""One hop: what may be drawn is drawn, nothing else, each with its chance, and
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from graphs import directed_graph
-from parts import parts_of
+from parts import parts_of, shares_of
 from torch import Tensor
 from torch_geometric.data import Data
 
@@ -126,9 +127,9 @@ def in_edges(data: Data, node: int) -> list[int]:
 
 @pytest.mark.parametrize("weight", [None, "edge_weight"])
 @pytest.mark.parametrize("fanout", [0, 1, 3, 5, 40, -1])
-def test_no_edge_twice_and_all_where_there_are_few(tmp_path: object, fanout: int, weight: str | None) -> None:
+def test_no_edge_twice_and_all_where_there_are_few(tmp_path: Path, fanout: int, weight: str | None) -> None:
     data = directed_graph()
-    parts = parts_of(data, 3, tmp_path)  # type: ignore[arg-type]
+    parts = parts_of(data, 3, tmp_path)
     raw_ids = torch.arange(60)
     request = HopRequest(EDGE, parts.ids_of("node", raw_ids), fanout, 1, weight_attr=weight)
     reply = parts.hop_begin({EDGE: request}).wait()[EDGE]
@@ -167,14 +168,14 @@ def test_a_row_is_drawn_alike_in_any_company(options: dict[str, object]) -> None
     assert not torch.equal(for_seeds[::2], again[::2])
 
 
-def test_edge_rows_say_where_attributes_stand(tmp_path: object) -> None:
+def test_edge_rows_say_where_attributes_stand(tmp_path: Path) -> None:
     data = directed_graph()
-    parts = parts_of(data, 3, tmp_path)  # type: ignore[arg-type]
+    parts = parts_of(data, 3, tmp_path)
     request = HopRequest(EDGE, torch.arange(60), 2, 1, with_edge_rows=True)
     reply = parts.hop_begin({EDGE: request}).wait()[EDGE]
     assert reply.edge_rows is not None
-    weights = torch.cat([share.edge()["edge_weight"] for share in parts.shares])
-    assert torch.equal(weights[reply.edge_rows], data.edge_weight[reply.edge_ids])
+    weights = parts.edge_rows(EDGE, "edge_weight", reply.edge_rows)
+    assert torch.equal(weights, data.edge_weight[reply.edge_ids])
 
 
 # --- times ----------------------------------------------------------------------------------------------------------
@@ -183,14 +184,12 @@ def test_edge_rows_say_where_attributes_stand(tmp_path: object) -> None:
 @pytest.mark.parametrize("side", ["node", "edge"])
 @pytest.mark.parametrize("strategy", ["uniform", "last"])
 @pytest.mark.parametrize("fanout", [1, 3, -1])
-def test_nothing_later_is_drawn(tmp_path: object, side: str, strategy: str, fanout: int) -> None:
+def test_nothing_later_is_drawn(tmp_path: Path, side: str, strategy: str, fanout: int) -> None:
     data = directed_graph()
     draws = torch.Generator().manual_seed(1)
     data.time = torch.randint(20, (60 if side == "node" else 275,), generator=draws)
     times = torch.randint(20, (60,), generator=draws)
-    parts = parts_of(data, 2, tmp_path)  # type: ignore[arg-type]
-    if side == "node":
-        parts.tell_halo("time")
+    parts = parts_of(data, 2, tmp_path)
     raw_ids = torch.arange(60)
     reply = parts.hop_begin(
         {
@@ -287,15 +286,31 @@ def test_what_does_not_fit_is_named(change: dict[str, object], message: str) -> 
         answer_hop(GraphData.from_pyg_data(data), request)
 
 
-def test_times_of_the_halo_are_asked_for(tmp_path: object) -> None:
+def test_weights_and_times_that_were_changed_are_read_again(tmp_path: Path) -> None:
+    data = directed_graph()
+    data.time, data.weight = torch.zeros(275, dtype=torch.int64), torch.ones(275, dtype=torch.int64)
+    parts = parts_of(data, 2, tmp_path)
+    ids = torch.arange(60)
+    request = HopRequest(EDGE, ids, 2, 1, weight_attr="weight", time_attr="time", times=torch.zeros_like(ids))
+    assert parts.hop_begin({EDGE: request}).wait()[EDGE].ids.numel() > 0
+    edges = parts.ids_of(EDGE, torch.arange(275))
+    for name, value in (("time", 1), ("weight", 0)):
+        before = parts.edge_rows(EDGE, name, edges)
+        parts.put(EDGE, name, edges, torch.full((275,), value))
+        assert parts.hop_begin({EDGE: request}).wait()[EDGE].ids.numel() == 0
+        parts.put(EDGE, name, edges, before)
+        assert parts.hop_begin({EDGE: request}).wait()[EDGE].ids.numel() > 0
+
+
+def test_times_of_the_halo_are_asked_for(tmp_path: Path) -> None:
     data = directed_graph()
     data.time = torch.arange(60)
-    parts = parts_of(data, 2, tmp_path)  # type: ignore[arg-type]
+    shares = shares_of(data, 2, tmp_path)
     request = HopRequest(
         EDGE, torch.arange(2), 2, 1, time_attr="time", times=torch.zeros(2, dtype=torch.int64)
     )
     with pytest.raises(SamplingError, match="for the halo of type 'node' as well"):
-        answer_hop(parts.shares[0], request)
+        answer_hop(shares[0], request)
 
 
 def test_the_table_of_a_share_goes_with_it() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import directed_graph, load_npz_graph, npz_path
-from parts import AllParts, parts_of, typed_graph
+from parts import parts_of, serve, typed_graph
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import GraphSAGE
@@ -26,8 +26,8 @@ from partpar.kernels import counter, relabel
 from partpar.sampling import BatchKey, LinkSeeds, NeighborSampler, SampledSubgraph, Seeds
 from partpar.sampling import found as found_nodes
 from partpar.sampling import negative as negative_links
+from partpar.serving import Service, owner, start_service
 from partpar.serving import hop as hop_answers
-from partpar.serving.local import LocalService
 
 Edges = Mapping[EdgeType, Tensor]
 KEY = BatchKey(seed=3, epoch=1, batch=4)
@@ -269,9 +269,9 @@ def test_a_graph_that_was_never_cut_is_one_part(tmp_path: Path) -> None:
     data = with_times("directed")
     expected = sample_batches(parts_of(data, 1, tmp_path), {})
     share = GraphData.load_partition(tmp_path, 0, 1, algorithm="random")
-    assert sample_batches(LocalService(share), {}) == expected
+    assert sample_batches(start_service(share), {}) == expected
     order = data.edge_index[1].argsort(stable=True)
-    told = sample_batches(LocalService(GraphData.from_pyg_data(data.edge_subgraph(order))), {}, links=False)
+    told = sample_batches(serve([GraphData.from_pyg_data(data.edge_subgraph(order))]), {}, links=False)
     for ours, whole in zip(told, expected, strict=False):
         assert ours["raw_ids"] == whole["raw_ids"]
         assert order[torch.tensor(ours["edge"][EDGE])].tolist() == whole["edge"][EDGE]
@@ -327,7 +327,7 @@ def test_bidirectional_is_pygs(kind: str, tmp_path: Path) -> None:
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-def overflow(num_parts: int, folder: Path) -> tuple[Data, AllParts]:
+def overflow(num_parts: int, folder: Path) -> tuple[Data, Service]:
     r"""Who answered or commented on whom, and when."""
     with np.load(npz_path("sx_mathoverflow"), allow_pickle=False) as file:
         src, dst, time = (torch.from_numpy(file[name]) for name in ("src", "dst", "t"))
@@ -372,7 +372,6 @@ def test_no_node_is_later_than_its_seed(tmp_path: Path) -> None:
     data = directed_graph()
     data.time = torch.arange(60) % 17
     parts = parts_of(data, 3, tmp_path)
-    parts.tell_halo("time")
     sampler = NeighborSampler(parts, [-1, -1], time_attr="time")
     raw_ids = torch.arange(20)
     out = sampler.sample_nodes({NODE: seeds_of(parts, NODE, raw_ids, data.time[raw_ids])}, KEY)
@@ -491,7 +490,6 @@ def test_negatives_are_no_later_than_their_link(tmp_path: Path) -> None:
     data = directed_graph()
     data.time = torch.arange(60)
     parts = parts_of(data, 2, tmp_path)
-    parts.tell_halo("time")
     edges = torch.arange(0, 270, 7)
     times = data.time[data.edge_index[:, edges]].max(0).values
     sampler = NeighborSampler(parts, [2], time_attr="time")
@@ -513,15 +511,29 @@ def test_negatives_are_no_later_than_their_link(tmp_path: Path) -> None:
 # --- odd cases ------------------------------------------------------------------------------------------------------
 
 
-def test_no_seeds_and_no_hops(tmp_path: Path) -> None:
+def count_questions(parts: Service, patch: pytest.MonkeyPatch) -> list[int]:
+    r"""How many edge types each hop asks for, as it is asked."""
+    asked: list[int] = []
+    begin = parts.hop_begin
+
+    def counted(requests: Any) -> Any:
+        asked.append(len(requests))
+        return begin(requests)
+
+    patch.setattr(parts, "hop_begin", counted)
+    return asked
+
+
+def test_no_seeds_and_no_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(typed_graph(), 2, tmp_path)
+    asked = count_questions(parts, monkeypatch)
     none = torch.empty(0, dtype=torch.int64)
     for seeds in ({}, {"paper": Seeds(none, none)}):
         out = NeighborSampler(parts, [2, 2]).sample_nodes(seeds, KEY)
         assert all(ids.numel() == 0 for ids in out.ids.values())
         assert out.num_sampled_nodes == {t: [0, 0, 0] for t in parts.node_types}
         assert out.num_sampled_edges == {t: [0, 0] for t in parts.edge_types}
-    assert parts.asked == 0
+    assert asked == []
     out = NeighborSampler(parts, []).sample_nodes({"paper": seeds_of(parts, "paper", torch.arange(3))}, KEY)
     assert out.raw_ids["paper"].tolist() == [0, 1, 2]
     links = LinkSeeds(("author", "writes", "paper"), Seeds(none, none), Seeds(none, none))
@@ -530,10 +542,12 @@ def test_no_seeds_and_no_hops(tmp_path: Path) -> None:
         assert out.row["author", "writes", "paper"].numel() == 0
 
 
-def test_one_question_a_hop(tmp_path: Path) -> None:
+def test_one_question_a_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(typed_graph(), 3, tmp_path)
+    asked = count_questions(parts, monkeypatch)
     NeighborSampler(parts, [2, 2, 2]).sample_nodes({"paper": seeds_of(parts, "paper", torch.arange(9))}, KEY)
-    assert parts.asked == 3
+    assert len(asked) == 3
+    assert asked[0] == 2  # edge types that lead to papers
 
 
 @pytest.mark.parametrize(
@@ -596,12 +610,12 @@ def draw_by_local_id(patch: Patch) -> None:
 
 
 def draw_by_part(patch: Patch) -> None:
-    answer = hop_answers.answer_hop
+    answer = owner.answer_hop
 
     def mutant(share: GraphData, request: hop_answers.HopRequest) -> hop_answers.HopReply:
         return answer(share, replace(request, key=request.key ^ share.part_id))
 
-    patch.setattr("parts.answer_hop", mutant)
+    patch.setattr(owner, "answer_hop", mutant)
 
 
 def merge_in_order_of_owners(patch: Patch) -> None:

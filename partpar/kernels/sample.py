@@ -15,11 +15,14 @@ import numpy as np
 from numba import njit
 
 from partpar.kernels.counter import absorb, draw
+from partpar.kernels.prefetch import prefetch
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _32, _11 = np.uint64(32), np.uint64(11)
 # Up to so many picks, looking through them is cheaper than marking what was taken.
 _FEW = 32
+# How many edges ahead memory is asked for.
+_AHEAD = 12
 
 Drawn = tuple[np.ndarray, np.ndarray]
 
@@ -44,6 +47,7 @@ def streams_of(key: np.uint64, raw_ids: np.ndarray, rows: np.ndarray) -> np.ndar
     """The stream of each row: of the request's key and the destination's raw id."""
     out = np.empty(rows.shape[0], np.uint64)
     for i in range(rows.shape[0]):
+        prefetch(raw_ids, rows[min(i + _AHEAD, rows.shape[0] - 1)])
         out[i] = absorb(key, np.uint64(raw_ids[rows[i]]))
     return out
 
@@ -60,6 +64,7 @@ def windows(indptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """All edges of each row."""
     lo, hi = np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0], np.int64)
     for i in range(rows.shape[0]):
+        prefetch(indptr, rows[min(i + _AHEAD, rows.shape[0] - 1)])
         lo[i], hi[i] = indptr[rows[i]], indptr[rows[i] + 1]
     return lo, hi
 
@@ -253,13 +258,24 @@ def reorder(positions: np.ndarray, order: np.ndarray) -> None:
 
 @njit(nogil=True, cache=True)
 def gather(
-    positions: np.ndarray, indices: np.ndarray, ids: np.ndarray, raw_ids: np.ndarray, edge_ids: np.ndarray
+    positions: np.ndarray,
+    indices: np.ndarray,
+    first: int,
+    halo_ids: np.ndarray,
+    raw_ids: np.ndarray,
+    edge_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and raw ids of the neighbours, and raw ids of the edges, at drawn positions."""
-    m = positions.shape[0]
+    """Ids and raw ids of the neighbours, and raw ids of the edges, at drawn positions. Sources are the owned nodes,
+    whose ids follow each other from ``first`` on, then the halo."""
+    m, num_owned = positions.shape[0], raw_ids.shape[0] - halo_ids.shape[0]
     out = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.int64)
     for i in range(m):
+        far, near = positions[min(i + 2 * _AHEAD, m - 1)], positions[min(i + _AHEAD, m - 1)]
+        prefetch(indices, far)
+        prefetch(edge_ids, far)
+        prefetch(raw_ids, indices[near])
         edge = positions[i]
-        row = indices[edge]
-        out[0][i], out[1][i], out[2][i] = ids[row], raw_ids[row], edge_ids[edge]
+        row = np.int64(indices[edge])
+        out[0][i] = first + row if row < num_owned else halo_ids[row - num_owned]
+        out[1][i], out[2][i] = raw_ids[row], edge_ids[edge]
     return out

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace as replaced
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from partpar.sampling.subgraph import NO_IDS, BatchKey, LinkSeeds, SampledSubgra
 from partpar.serving.messages import STRATEGIES, HopReply, HopRequest
 from partpar.serving.protocol import SamplingService
 
-NumNeighborsType = NumNeighbors | Sequence[int] | Mapping[EdgeType, Sequence[int]]
+NumNeighborsType: TypeAlias = NumNeighbors | Sequence[int] | Mapping[EdgeType, Sequence[int]]
 
 
 class NeighborSampler:
@@ -65,7 +65,7 @@ class NeighborSampler:
         if temporal_strategy not in STRATEGIES:
             raise SamplingError(f"expected a temporal strategy of {STRATEGIES}, found {temporal_strategy!r}")
         self.service = service
-        self.edge_types = [tuple(t) for t in service.edge_types]
+        self.edge_types: list[EdgeType] = list(service.edge_types)
         self.num_neighbors = _fanouts(num_neighbors, self.edge_types)
         self.num_hops = max((len(fanouts) for fanouts in self.num_neighbors.values()), default=0)
         self.replace, self.weight_attr = replace, weight_attr

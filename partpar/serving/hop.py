@@ -18,7 +18,7 @@ from partpar.graph import EdgeType, Frame, GraphData
 from partpar.kernels import sample
 from partpar.serving.messages import STRATEGIES, HopReply, HopRequest
 
-__all__ = ["HopReply", "HopRequest", "answer_hop"]
+__all__ = ["HopReply", "HopRequest", "answer_hop", "forget_attribute"]
 
 _NONE = np.empty(0, np.int64)
 
@@ -28,10 +28,11 @@ class _Edges:
     r"""What the kernels read of one edge type."""
 
     first: int  # id of the first owned destination
+    first_src: int  # and of the first owned source
     indptr: np.ndarray
     indices: np.ndarray
     dst_raw_ids: np.ndarray
-    src_ids: np.ndarray
+    halo_ids: np.ndarray
     src_raw_ids: np.ndarray
     edge_ids: np.ndarray
     weights: dict[str, np.ndarray] = field(default_factory=dict)
@@ -89,12 +90,21 @@ def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
     positions, counts = _draw(share, request, edges, rows.numpy(), lo, hi, order)
     if order is not _NONE:
         sample.reorder(positions, order)
-    drawn = sample.gather(positions, edges.indices, edges.src_ids, edges.src_raw_ids, edges.edge_ids)
+    drawn = sample.gather(
+        positions, edges.indices, edges.first_src, edges.halo_ids, edges.src_raw_ids, edges.edge_ids
+    )
     return HopReply(
         *(torch.from_numpy(column) for column in drawn),
         torch.from_numpy(counts),
         torch.from_numpy(_ids(share.edge(edge_type), "ids")[positions]) if request.with_edge_rows else None,
     )
+
+
+def forget_attribute(share: GraphData, name: str) -> None:
+    r"""Has weights or times of that name read again: they were changed."""
+    for edges in _kept.get(share, {}).values():
+        edges.weights.pop(name, None)
+        edges.times.pop(name, None)
 
 
 def _draw(
@@ -137,10 +147,11 @@ def _edges_of(share: GraphData, edge_type: EdgeType) -> _Edges:
         dst, src = share.node(dst_type), share.node(src_type, "src")
         kept[edge_type] = _Edges(
             int(share.offsets(dst_type)[share.part_id]),
+            int(share.offsets(src_type)[share.part_id]),
             indptr.numpy(),
             indices.numpy(),
             _ids(dst, "raw_ids"),
-            _ids(src, "ids"),
+            _ids(src, "ids")[share.num_owned(src_type) :],
             _ids(src, "raw_ids"),
             _ids(share.edge(edge_type), "raw_ids"),
         )

@@ -16,7 +16,7 @@ from partpar.errors import GraphError, IdError
 from partpar.graph import EdgeType, Frame, GraphData
 from partpar.kernels.table import fetch_rows, put_rows, words
 from partpar.serving.cache import RowCache
-from partpar.serving.hop import answer_hop
+from partpar.serving.hop import answer_hop, forget_attribute
 from partpar.serving.later import MadeOnce, later
 from partpar.serving.messages import HopReply, HopRequest
 from partpar.serving.transport import Tensors, Values, Verbs
@@ -148,6 +148,7 @@ class Owner:
         r"""An attribute changes somewhere: nothing that was kept of it holds."""
         if isinstance(values["type"], str):
             self.cache.forget(values["type"], values["name"])
+        forget_attribute(self.share, values["name"])
         return {}
 
 
