@@ -193,7 +193,7 @@ def main() -> None:
         "Slower networks",
         "===============",
         "",
-        *__doc__.split("\n\n", 2)[2].rsplit(" The last", 1)[0].splitlines(),
+        *__doc__.split("\n\n", 1)[1].rsplit(" The last", 1)[0].splitlines(),
         "",
     ]
     lines += [
