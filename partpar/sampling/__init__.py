@@ -1,6 +1,7 @@
 r"""Distributed neighbour sampling: the engine, and loaders of nodes and of links."""
 
 from partpar.sampling.blocks import blocks
+from partpar.sampling.dist_sampler import DistNeighborSampler
 from partpar.sampling.link_loader import DistLinkNeighborLoader
 from partpar.sampling.loader import DistLoader
 from partpar.sampling.neighbor_sampler import NeighborSampler
@@ -12,6 +13,7 @@ __all__ = [
     "DistLinkNeighborLoader",
     "DistLoader",
     "DistNeighborLoader",
+    "DistNeighborSampler",
     "LinkLabels",
     "LinkSeeds",
     "NeighborSampler",

@@ -45,7 +45,7 @@ class DistLoader:
             lock, so processes only pay for a :obj:`transform` in Python, with ``filter_per_worker=True``. They are
             spawned, never forked, and hold nothing of the graph. (default: :obj:`0`)
         prefetch_factor (int): Batches under way for each thread or process. (default: :obj:`2`)
-        concurrency (int): Threads that make batches. (default: :obj:`1`)
+        concurrency (int): Threads that make batches; with 0, each is made when it is asked for. (default: :obj:`1`)
         persistent_workers (bool): Keep processes from epoch to epoch. (default: :obj:`False`)
         transform (callable, optional): Applied to each batch.
         filter_per_worker (bool, optional): Whether :obj:`transform` runs in the thread or process that makes the batch, or
@@ -85,7 +85,7 @@ class DistLoader:
         prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
         for name, value, low in (
             ("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("prefetch_factor", prefetch_factor, 1),
-            ("concurrency", concurrency, 1),
+            ("concurrency", concurrency, 0),
         ):  # fmt: skip
             if value < low:
                 raise SamplingError(f"{name}: expected at least {low}, found {value}")
@@ -151,8 +151,10 @@ class DistLoader:
                     self.service, self._maker.recipe, transform, self.num_workers, self.prefetch_factor, self.timeout
                 )
             made = self._processes.run(list(tasks), self.persistent_workers)
-        else:
+        elif self.concurrency:
             made = InOrder(self._make, tasks, self.concurrency, ahead)
+        else:
+            made = (self._make(task) for task in tasks)
         self._running = _Epoch(made, self._finish)
         return self._running
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -16,97 +15,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from partpar.errors import AgreementError, GraphError, IdError
-from partpar.graph import EdgeType, GraphData
+from partpar.errors import GraphError, IdError
+from partpar.graph import EdgeType
 from partpar.kernels.table import place_ids
-from partpar.serving.cache import RowCache
+from partpar.serving.flights import HopsInFlight, OneTypeInFlight, RowsInFlight, Split
 from partpar.serving.later import Patient
-from partpar.serving.messages import HopReply, HopRequest
+from partpar.serving.messages import HopRequest
 from partpar.serving.owner import Owner, Type, column_of, frame_of, take
 from partpar.serving.raw_ids import Directory
 from partpar.serving.transport import Handler, InFlight, Transport
 
 _PUT_BYTES = 16 << 20  # of rows in one message
-
-
-@dataclass(frozen=True)
-class Split:
-    r"""A request sorted by owner.
-
-    Args:
-        order: Place in the request of each sorted id, this part's own last.
-        local: The row of each at its owner.
-        counts: How many each owner has.
-    """
-
-    order: Tensor
-    local: Tensor
-    counts: Tensor
-
-    def pieces(self, own: int) -> dict[int, tuple[Tensor, Tensor]]:
-        r"""Places and rows of each part that owns any."""
-        parts = [p for p in range(self.counts.numel()) if p != own] + [own]
-        sizes = [int(self.counts[p]) for p in parts]
-        split = zip(parts, self.order.split(sizes), self.local.split(sizes), strict=True)
-        return {part: (order, local) for part, order, local in split if order.numel()}
-
-
-@dataclass
-class HopsInFlight:
-    r"""Hops that were begun; :meth:`wait` returns the replies by edge type, in the order of the requests."""
-
-    requests: Mapping[EdgeType, HopRequest]
-    index: dict[EdgeType, list[Tensor]]
-    replies: dict[EdgeType, list[HopReply]]
-    asked: list[tuple[InFlight, list[EdgeType]]] = field(default_factory=list)
-
-    def wait(self) -> dict[EdgeType, HopReply]:
-        for flight, edge_types in self.asked:
-            answer = flight.wait()
-            for k, edge_type in enumerate(edge_types):
-                mine = {n.partition("/")[2]: t for n, t in answer.items() if n.startswith(f"{k}/")}
-                self.replies[edge_type].append(HopReply.from_wire(mine, {}))
-        self.asked = []
-        return {
-            t: HopReply.merge(self.replies[t], self.index[t], request.ids.numel())
-            if self.index[t]
-            else HopReply.empty(with_edge_rows=request.with_edge_rows)
-            for t, request in self.requests.items()
-        }
-
-
-@dataclass
-class RowsInFlight:
-    r"""Rows that were asked for; :meth:`wait` returns ``{type: {name: rows}}``, in the order of the ids."""
-
-    out: dict[Type, dict[str, Tensor]]
-    asked: list[tuple[InFlight, list[tuple[Type, Tensor]]]] = field(default_factory=list)
-
-    def wait(self) -> dict[Type, dict[str, Tensor]]:
-        for flight, pieces in self.asked:
-            answer = flight.wait()
-            for k, (kind, places) in enumerate(pieces):
-                for name, out in self.out[kind].items():
-                    rows = answer[f"{k}/{name}"]
-                    if rows.dtype != out.dtype or rows.shape != (places.numel(), *out.shape[1:]):
-                        raise AgreementError(
-                            f"attribute {name!r} of {kind!r}: expected {out.dtype} of shape {[places.numel(), *out.shape[1:]]} "
-                            f"from another part, found {rows.dtype} of shape {list(rows.shape)}"
-                        )
-                    take(rows, torch.arange(places.numel()), out, places)
-        self.asked = []
-        return self.out
-
-
-@dataclass
-class OneTypeInFlight:
-    r"""As :class:`RowsInFlight`, for one type: ``{name: rows}``."""
-
-    rows: RowsInFlight
-    kind: Type
-
-    def wait(self) -> dict[str, Tensor]:
-        return self.rows.wait()[self.kind]
 
 
 class Service:
@@ -125,7 +44,7 @@ class Service:
         self.owner, self.transport, self.share, self.cache = owner, transport, owner.share, owner.cache
         self.part_id, self.num_parts = self.share.part_id, self.share.num_parts
         self._offsets: dict[Type, Tensor] = {t: self.share.offsets(t) for t in self.share.node_types}
-        self._directory = Directory(self.share, transport, owner.verbs, timeout)
+        self._directory = Directory(self.share, self._starts, transport, owner.verbs, timeout)
         self._timeout = timeout
         owner.fetch_rows = lambda kind, name, ids: self._bring(kind, name)(ids)
         self._closed = False
@@ -303,6 +222,11 @@ class Service:
             self.owner.close(self._timeout)
             self.transport.close()
 
+    @property
+    def closed(self) -> bool:
+        r"""Whether :meth:`close` was called."""
+        return self._closed
+
     def __enter__(self) -> Self:
         return self
 
@@ -315,8 +239,11 @@ class Service:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
+    def _starts(self, kind: Type) -> Tensor:
+        return self.offsets(kind) if isinstance(kind, str) else self.edge_offsets(kind)
+
     def _split(self, kind: Type, ids: Tensor) -> Split:
-        offsets = self.offsets(kind) if isinstance(kind, str) else self.edge_offsets(kind)
+        offsets = self._starts(kind)
         if ids.dtype != torch.int64 or ids.dim() != 1:
             raise IdError(f"expected ids of {kind!r} as int64 [n], found {ids.dtype} of shape {list(ids.shape)}")
         order, local = torch.empty_like(ids), torch.empty_like(ids)
@@ -362,12 +289,14 @@ class Service:
         if not kept or any(k is None or k.rows.size(0) == 0 for k in kept.values()):
             return split
         least = min((k for k in kept.values() if k is not None), key=lambda k: k.rows.size(0))
+        own = int(split.counts[self.part_id])
         slots, places = least.split(ids, split.order, split.local, split.counts, self.part_id)
         for name, k in kept.items():
             assert k is not None
             take(k.rows, slots, out[name], places)
-        left = int(split.counts.sum() - split.counts[self.part_id])
-        own = int(split.counts[self.part_id])
+            if k is not least:
+                k.hits, k.misses = k.hits + slots.numel(), k.misses + ids.numel() - own - slots.numel()
+        left = int(split.counts.sum()) - own
         ends = split.order.numel() - own
         return Split(
             torch.cat([split.order[:left], split.order[ends:]]),

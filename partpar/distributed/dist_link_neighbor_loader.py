@@ -1,0 +1,78 @@
+r"""The loader of links with the arguments of ``torch_geometric.distributed.DistLinkNeighborLoader``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from partpar import sampling
+from partpar.distributed.dist_loader import StoreLoader, connect, rename
+from partpar.sampling import DistNeighborSampler
+
+
+class DistLinkNeighborLoader(StoreLoader, sampling.DistLinkNeighborLoader):
+    r"""Loads links and the neighbourhoods of their ends from a pair of stores; see
+    :class:`partpar.sampling.DistLinkNeighborLoader`, and :class:`~partpar.distributed.DistNeighborLoader` for what both
+    have in common.
+
+    Args:
+        data: A feature store and a graph store.
+        num_neighbors: Neighbours of each node to draw in each hop; -1 for all.
+        master_addr, master_port, current_ctx: As there.
+        edge_label_index, edge_label, edge_label_time, neg_sampling, neg_sampling_ratio: See
+            :class:`partpar.sampling.DistLinkNeighborLoader`.
+        dist_sampler, replace, subgraph_type, disjoint, temporal_strategy, time_attr, transform, concurrency,
+            num_rpc_threads, filter_per_worker, async_sampling, device, **kwargs: As there.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        num_neighbors: Any,
+        master_addr: str | None = None,
+        master_port: int | str | None = None,
+        current_ctx: Any = None,
+        edge_label_index: Any = None,
+        edge_label: Tensor | None = None,
+        edge_label_time: Tensor | None = None,
+        dist_sampler: DistNeighborSampler | None = None,
+        replace: bool = False,
+        subgraph_type: Any = "directional",
+        disjoint: bool = False,
+        temporal_strategy: str = "uniform",
+        neg_sampling: Any = None,
+        neg_sampling_ratio: float | None = None,
+        time_attr: str | None = None,
+        transform: Any = None,
+        concurrency: int = 1,
+        num_rpc_threads: int = 16,
+        filter_per_worker: bool | None = False,
+        async_sampling: bool = True,
+        device: Any = None,
+        weight_attr: str | None = None,
+        rpc_timeout: float = 180,
+        **kwargs: Any,
+    ) -> None:
+        kwargs, channel = rename(kwargs, concurrency, async_sampling)
+        if dist_sampler is None:
+            dist_sampler = DistNeighborSampler(
+                current_ctx, data, num_neighbors, None, replace, subgraph_type, disjoint, temporal_strategy, time_attr,
+                concurrency, device, weight_attr, kwargs.get("seed", 0), rpc_timeout,
+            )  # fmt: skip
+        connect(dist_sampler, current_ctx, master_addr, master_port, num_rpc_threads, rpc_timeout)
+        sampling.DistLinkNeighborLoader.__init__(
+            self,
+            dist_sampler.service,
+            edge_label_index=edge_label_index,
+            edge_label=edge_label,
+            edge_label_time=edge_label_time,
+            neg_sampling=neg_sampling,
+            neg_sampling_ratio=neg_sampling_ratio,
+            transform=transform,
+            filter_per_worker=filter_per_worker,
+            device=device,
+            **dist_sampler.options,
+            **kwargs,
+        )
+        self._adopt(data, dist_sampler, current_ctx, channel)

@@ -1,0 +1,71 @@
+r"""What loaders by the names of ``torch_geometric.distributed`` have beside partpar's own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+from typing import Any
+
+import torch.distributed as dist
+
+from partpar.distributed.rpc import init_rpc, shutdown_rpc
+from partpar.sampling import DistLoader, DistNeighborSampler
+from partpar.serving import agent
+
+__all__ = ["DistLoader", "StoreLoader", "connect"]
+
+_THREADS = 2  # that make batches, whatever `concurrency` is; more would only wait for each other
+
+
+def connect(
+    sampler: DistNeighborSampler,
+    current_ctx: Any,
+    master_addr: str | None,
+    master_port: int | str | None,
+    num_rpc_threads: int,
+    rpc_timeout: float,
+) -> None:
+    r"""Has the processes of a context answer each other (collective): over the process group, if there is one, else over
+    the address given."""
+    sampler.init_sampler_instance()
+    assert sampler._share is not None
+    if sampler._share.num_parts > 1 and not agent.is_running():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            agent.start_in_default_group(rpc_timeout, num_rpc_threads)
+        else:
+            address = master_addr or os.environ.get("MASTER_ADDR")
+            port = master_port or int(os.environ.get("MASTER_PORT", "-1")) + 1
+            if address is None or not port or current_ctx is None:
+                raise ValueError(
+                    "expected current_ctx, master_addr and master_port, or a process group, to reach the other parts by; found "
+                    f"{current_ctx}, {address} and {port}"
+                )
+            init_rpc(current_ctx, address, port, num_rpc_threads, rpc_timeout)
+        atexit.register(shutdown_rpc)
+    sampler.register_sampler_rpc()
+
+
+class StoreLoader(DistLoader):
+    r"""A loader of a pair of stores. As a context manager it begins an epoch, and stays usable after it."""
+
+    data: Any
+
+    def _adopt(self, data: Any, sampler: DistNeighborSampler, context: Any, channel: Any) -> None:
+        self.data, self.dist_sampler, self.current_ctx, self.channel = data, sampler, context, channel
+        self.neighbor_sampler = self.node_sampler = self.link_sampler = sampler
+
+    def __enter__(self) -> Any:
+        return iter(self)
+
+    def __exit__(self, *_: object) -> None:
+        if self._running is not None:
+            self._running.close()
+
+
+def rename(kwargs: dict[str, Any], concurrency: int, async_sampling: bool) -> tuple[dict[str, Any], Any]:
+    r"""Arguments of the original as ours, and a channel that is always empty: batches do not pass through one."""
+    for name in ("rpc_worker_names", "collect_features", "master_addr", "master_port"):
+        kwargs.pop(name, None)
+    kwargs["concurrency"] = min(concurrency, _THREADS) if async_sampling else 0
+    return kwargs, queue.SimpleQueue() if async_sampling else None

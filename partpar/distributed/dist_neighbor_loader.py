@@ -1,0 +1,75 @@
+r"""The loader of nodes with the arguments of ``torch_geometric.distributed.DistNeighborLoader``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from partpar import sampling
+from partpar.distributed.dist_loader import StoreLoader, connect, rename
+from partpar.sampling import DistNeighborSampler
+
+
+class DistNeighborLoader(StoreLoader, sampling.DistNeighborLoader):
+    r"""Loads nodes and their neighbourhoods from a pair of stores; see :class:`partpar.sampling.DistNeighborLoader`.
+
+    Args:
+        data: A feature store and a graph store.
+        num_neighbors: Neighbours of each node to draw in each hop; -1 for all.
+        master_addr, master_port: Where processes meet that have no process group; means nothing where they have one.
+        current_ctx: Who this process is, likewise.
+        input_nodes, input_time, replace, subgraph_type, disjoint, temporal_strategy, time_attr, transform,
+            filter_per_worker, device: See there.
+        dist_sampler: Whose options are taken instead.
+        concurrency: Batches that are made at a time.
+        num_rpc_threads: Questions that are answered at a time.
+        async_sampling: Whether batches are made ahead; if not, each is made when it is asked for.
+        **kwargs: See :class:`partpar.sampling.DistLoader`; ``rpc_timeout``; and ``rpc_worker_names``, ``collect_features``,
+            which mean nothing.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        num_neighbors: Any,
+        master_addr: str | None = None,
+        master_port: int | str | None = None,
+        current_ctx: Any = None,
+        input_nodes: Any = None,
+        input_time: Tensor | None = None,
+        dist_sampler: DistNeighborSampler | None = None,
+        replace: bool = False,
+        subgraph_type: Any = "directional",
+        disjoint: bool = False,
+        temporal_strategy: str = "uniform",
+        time_attr: str | None = None,
+        transform: Any = None,
+        concurrency: int = 1,
+        num_rpc_threads: int = 16,
+        filter_per_worker: bool | None = False,
+        async_sampling: bool = True,
+        device: Any = None,
+        weight_attr: str | None = None,
+        rpc_timeout: float = 180,
+        **kwargs: Any,
+    ) -> None:
+        kwargs, channel = rename(kwargs, concurrency, async_sampling)
+        if dist_sampler is None:
+            dist_sampler = DistNeighborSampler(
+                current_ctx, data, num_neighbors, None, replace, subgraph_type, disjoint, temporal_strategy, time_attr,
+                concurrency, device, weight_attr, kwargs.get("seed", 0), rpc_timeout,
+            )  # fmt: skip
+        connect(dist_sampler, current_ctx, master_addr, master_port, num_rpc_threads, rpc_timeout)
+        sampling.DistNeighborLoader.__init__(
+            self,
+            dist_sampler.service,
+            input_nodes=input_nodes,
+            input_time=input_time,
+            transform=transform,
+            filter_per_worker=filter_per_worker,
+            device=device,
+            **dist_sampler.options,
+            **kwargs,
+        )
+        self._adopt(data, dist_sampler, current_ctx, channel)
