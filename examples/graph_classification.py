@@ -88,7 +88,7 @@ def run_fold(
             batch_size=len(batch.y),
         )  # fmt: skip
 
-    accuracies = []
+    accuracies, held_out = [], GraphBatch.deal(graphs, test, worker.group)
     for _ in range(args.epochs):
         model.train()
         for chosen in train[torch.randperm(len(train), generator=draw)].split(args.batch_size):
@@ -102,8 +102,8 @@ def run_fold(
         schedule.step()
         model.eval()
         with torch.no_grad():
-            batch = GraphBatch.deal(graphs, test, worker.group)
-            accuracies.append(float((outputs(model, batch).argmax(1) == batch.y).double().mean()))
+            found = outputs(model, held_out).argmax(1)
+        accuracies.append(float((found == held_out.y).double().mean()))
     return accuracies
 
 
@@ -122,6 +122,7 @@ def folds(y: Tensor, num_folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def num_labels(labels: Tensor | None) -> int:
+    r"""How many labels there are; none without any."""
     return 0 if labels is None else int(labels.max()) + 1
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from partpar.models.basic_gnn import BasicGNN
 from torch import Tensor
 from torch_geometric.utils import scatter
 
 from partpar import exchange
 from partpar.errors import RouteError
 from partpar.kernels.adjacency import Adjacency
-from partpar.models.basic_gnn import BasicGNN
 from partpar.nn import MLP, SourceRows
 from partpar.nn.chunks import CHUNK_SIZE, in_chunks, shard
 from partpar.nn.distributed_gin import (

@@ -3,6 +3,7 @@ r"""GIN on learned and on given rows, for nodes and for graphs, on 1 to 4 worker
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class StackedGINE(torch.nn.Module):
         widths = [in_channels, *[hidden] * (num_layers - 1), out_channels]
         self.convs = torch.nn.ModuleList(
             pyg.GINEConv(pyg.MLP([a, b, b], norm=None), edge_dim=edge_dim)
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:

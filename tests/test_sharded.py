@@ -299,7 +299,7 @@ def split(worker: Worker, mask: Tensor, offsets: tuple[int, ...], even: bool) ->
 @pytest.mark.parametrize("even", [True, False])
 def test_ids_are_dealt_local_ones_first(gang: Gang, world_size: int, even: bool) -> None:
     mask = torch.rand(53, generator=torch.Generator().manual_seed(3)) < 0.6
-    offsets = (0, 30, 30, 41)[:world_size] + (53,)
+    offsets = (*(0, 30, 30, 41)[:world_size], 53)
     found = gang.run(split, world_size, mask, offsets, even)
     for way in range(4):
         dealt = [rank[way] for rank in found]

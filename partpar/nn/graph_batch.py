@@ -15,6 +15,15 @@ from partpar.route import Route
 _checks = exchange.Checks()  # one for all batches: each is a route of its own
 
 
+@dataclass(frozen=True, eq=False)
+class WholeGraphs(Route):
+    r"""A route that nothing travels on: it only names the workers."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        r"""All sources are owned: :obj:`x` itself."""
+        return x
+
+
 @dataclass(frozen=True)
 class GraphBatch:
     r"""One worker's graphs of a batch, as a share without halo: norms and sums over the batch are then those of one
@@ -52,5 +61,5 @@ class GraphBatch:
         nodes, graph = graphs.nodes_of(mine)
         edges, edge_index = graphs.edges_of(mine)
         none = (0,) * size
-        route = Route(nodes, len(nodes), 0, torch.empty(0, dtype=torch.int64), none, none, None, own, _checks=_checks)
+        route = WholeGraphs(nodes, len(nodes), 0, torch.empty(0, dtype=torch.int64), none, none, None, own, _checks=_checks)
         return cls(nodes, edges, edge_index, graph + first, graphs.y[chosen], route)

@@ -25,7 +25,7 @@ class ShardedRows(Tensor):
     first_id: int
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, local: Tensor, first_id: int) -> ShardedRows:
+    def __new__(cls: type[ShardedRows], shape: torch.Size, local: Tensor, first_id: int) -> ShardedRows:
         self: ShardedRows = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype)  # type: ignore[attr-defined]
         self.local, self.first_id = local, first_id
         return self
