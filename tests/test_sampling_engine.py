@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gang import Gang, Worker
 from graphs import directed_graph, load_npz_graph, npz_path
-from parts import parts_of, serve, typed_graph
+from parts import parts_of, serve, shares_of, typed_graph
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import GraphSAGE
@@ -184,13 +185,14 @@ def dblp_graph() -> HeteroData:
     return data
 
 
+@torch.no_grad()
 def test_graphsage_gives_what_it_gives_on_the_whole_graph(tmp_path: Path) -> None:
     data = load_npz_graph("cora")
     parts = parts_of(data, 3, tmp_path)
     torch.manual_seed(0)
     x = data.x.double()
     model = GraphSAGE(x.size(1), 16, 2, 7).double().eval()
-    expected = model(x, data.edge_index).detach()
+    expected = model(x, data.edge_index)
     sampler = NeighborSampler(parts, [-1, -1])
     for batch, raw_ids in enumerate(torch.arange(2708).split(900)):
         out = sampler.sample_nodes({NODE: seeds_of(parts, NODE, raw_ids)}, BatchKey(batch=batch))
@@ -254,6 +256,21 @@ def test_any_number_of_parts_samples_the_same(kind: str, options: dict[str, Any]
     assert len({str(one) for one in expected[:4]}) == (1 if "temporal_strategy" in options else 4)
     for num_parts in (2, 3, 4):
         assert sample_batches(parts_of(with_times(kind), num_parts, tmp_path), options) == expected
+
+
+def sample_on_a_rank(worker: Worker, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    share = GraphData.load_partition(folder, worker.rank, worker.world_size, algorithm="random")
+    with start_service(share) as service:
+        return sample_batches(service, options)
+
+
+@pytest.mark.parametrize("num_parts", [2, pytest.param(3, marks=pytest.mark.soak), 4])
+def test_any_process_samples_the_same(gang: Gang, num_parts: int, tmp_path: Path) -> None:
+    options = {"time_attr": "time", "weight_attr": "weight"}
+    expected = sample_batches(parts_of(with_times("typed"), 1, tmp_path), options)
+    shares_of(with_times("typed"), num_parts, tmp_path)
+    for told in gang.run(sample_on_a_rank, num_parts, tmp_path, options):
+        assert told == expected
 
 
 def with_times(kind: str) -> Data | HeteroData:

@@ -28,7 +28,7 @@ Drawn = tuple[np.ndarray, np.ndarray]
 
 
 @njit(inline="always")
-def below(bits: np.uint64, size: int) -> int:
+def below(bits: np.uint64, size: int) -> np.int64:
     """A number in ``0..size-1`` for sizes below 2**32, from the upper half of the bits (Lemire, 2019)."""
     return np.int64(((bits >> _32) * np.uint64(size)) >> _32)
 
@@ -171,7 +171,7 @@ def draw_uniform_again(lo: np.ndarray, hi: np.ndarray, streams: np.ndarray, fano
 def draw_weighted(
     lo: np.ndarray, hi: np.ndarray, streams: np.ndarray, fanout: int, order: np.ndarray, weights: np.ndarray
 ) -> Drawn:
-    """Without replacement, one after the other with chances proportional to the weights left (A-ExpJ's plain form:
+    """Without replacement, one after the other with chances proportional to the weights left (A-Res:
     Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006). Weights are looked up by
     ``order[position]``, or by position where ``order`` is empty; what weighs nothing is never drawn."""
     counts = np.empty(lo.shape[0], np.int64)

@@ -93,10 +93,14 @@ def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
     drawn = sample.gather(
         positions, edges.indices, edges.first_src, edges.halo_ids, edges.src_raw_ids, edges.edge_ids
     )
+    ids, raw_ids, edge_ids = (torch.from_numpy(column) for column in drawn)
+    edge_rows = _ids(share.edge(edge_type), "ids")[positions] if request.with_edge_rows else None
     return HopReply(
-        *(torch.from_numpy(column) for column in drawn),
+        ids,
+        raw_ids,
+        edge_ids,
         torch.from_numpy(counts),
-        torch.from_numpy(_ids(share.edge(edge_type), "ids")[positions]) if request.with_edge_rows else None,
+        None if edge_rows is None else torch.from_numpy(edge_rows),
     )
 
 
