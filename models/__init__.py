@@ -7,6 +7,7 @@ from partpar.models.gat import GAT
 from partpar.models.gcn import GCN
 from partpar.models.gin import GIN
 from partpar.models.graph_sage import GraphSAGE
+from partpar.models.recurrent import RecurrentGCN
 from partpar.models.simple import SimpleConv, SimpleNet
 
 __all__ = [

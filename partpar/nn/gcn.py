@@ -203,7 +203,7 @@ class GCNConv(pyg_nn.GCNConv):
         if isinstance(x, SourceRows):
             # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
             if self.in_channels <= 2 * self.out_channels:
-                out = self.lin(x.keep(norm, lambda: norm(x.owned, route)))
+                out = self.lin(x.keep(norm, lambda: norm.of_sources(x.rows) if x.fetched else norm(x.owned, route)))
             else:
                 out = norm.of_sources(self.lin(x.rows))
         elif isinstance(x, tuple):

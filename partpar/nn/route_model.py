@@ -45,7 +45,7 @@ _TWINS: dict[type, type] = {
 _route: ContextVar[AnyRoute | None] = ContextVar("partpar_route", default=None)
 
 
-def route_model(model: torch.nn.Module) -> torch.nn.Module:
+def route_model(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     r"""Turns an existing PyG model into its partition-parallel twin, without editing its code.
 
     .. code-block:: python
@@ -67,6 +67,7 @@ def route_model(model: torch.nn.Module) -> torch.nn.Module:
     Args:
         model: A model of one-type layers, called with the rows of the owned nodes and the share's edges, dense or as
             ``share.adj()``; or one of a typed graph, called with mappings of these. It stays as it is.
+        seed: Of dropout, the same on every rank.
 
     Returns:
         A copy. Its ``forward`` has the same signature plus ``route``, by name; without a route one process owns
@@ -85,6 +86,9 @@ def route_model(model: torch.nn.Module) -> torch.nn.Module:
     if type(routed) in _TWINS or isinstance(routed, pyg_nn.MessagePassing):
         _route_conv(routed, "", typed)
     _visit(routed, "", typed, {})
+    dropouts = (member for member in routed.modules() if isinstance(member, Dropout))
+    for number, dropout in enumerate(dropouts):  # the same on every rank, whatever was made there before
+        dropout.seed, dropout.layer = seed, number
     if isinstance(routed, GraphModule):
         fetch_by_layer(routed, _route)
     call = _Call()
@@ -164,7 +168,8 @@ class _Call:
         return args, kwargs
 
     def leave(self, module: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        _route.reset(self.tokens.pop())
+        if self.tokens:  # none where the call was refused
+            _route.reset(self.tokens.pop())
 
 
 @dataclass

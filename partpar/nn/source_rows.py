@@ -39,6 +39,12 @@ class SourceRows:
             return self.owned
         return self.keep("rows", lambda: route.apply(self.owned))
 
+    @property
+    def fetched(self) -> bool:
+        r"""Whether the halo is here already, so that sums of rows need no exchange."""
+        kept = self._kept.get("rows")
+        return self.route is None or self.route.group is None or (kept is not None and kept[0] == self.owned._version)
+
     def keep(self, key: Any, build: Callable[[], Tensor]) -> Tensor:
         r"""What :obj:`build` makes of the rows; made once, exactly, whatever the route's policy."""
         kept = self._kept.get(key)
