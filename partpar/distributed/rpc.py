@@ -4,6 +4,7 @@ a share has its own verbs. They are for scripts that call them."""
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -63,6 +64,8 @@ def init_rpc(
     if agent.is_running():
         return
     first = current_ctx.global_rank == 0
+    if _is_loopback(master_addr) and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
     listening = _listen(master_addr, int(master_port)) if first else None
     store = dist.TCPStore(
         master_addr,
@@ -83,14 +86,19 @@ def init_rpc(
     )
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        where = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4]
+    except OSError:
+        return False
+    return ipaddress.ip_address(where[0]).is_loopback
+
+
 def _listen(address: str, port: int) -> socket.socket | None:
     """A socket that only this machine can reach, if the address is of loopback; torch's own listens everywhere."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
+    if not _is_loopback(address):
         return None
-    if not ipaddress.ip_address(where[0]).is_loopback:
-        return None
+    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(where)

@@ -4,11 +4,13 @@ from partpar.training.full_graph import Epoch, History, evaluate, fit
 from partpar.training.inference import InferenceError, full_graph_inference
 from partpar.training.machine import forget_peak_memory, peak_memory, tune_allocator
 from partpar.training.metrics import JsonLines, accuracy, measure, roc_auc
+from partpar.training.mini_batch import BatchEpoch, train_epoch
 from partpar.training.setup import Context, SetupError, init
 from partpar.training.summary import summary_table
 from partpar.training.together import FirstRankError, all_numbers, all_rows, first_rank
 
 __all__ = [
+    "BatchEpoch",
     "Context",
     "Epoch",
     "FirstRankError",
@@ -29,5 +31,6 @@ __all__ = [
     "peak_memory",
     "roc_auc",
     "summary_table",
+    "train_epoch",
     "tune_allocator",
 ]

@@ -1,0 +1,140 @@
+r"""Trains GraphSAGE on sampled neighbourhoods, by any number of workers; validates and tests on the whole graph.
+
+.. code-block:: console
+
+    python examples/train_mini_batch.py
+    torchrun --standalone --nproc-per-node 2 examples/train_mini_batch.py
+    torchrun --standalone --nproc-per-node 2 examples/train_mini_batch.py --npz tolokers.npz --metric auc
+
+The partition is that of examples/train_full_graph.py: the first run with so many workers cuts the graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from partpar.models import GraphSAGE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from partpar import GraphData, datasets, training
+from partpar.sampling import DistNeighborLoader, blocks
+
+
+def main() -> None:
+    r"""Sets up, partitions if need be, trains, and prints what came out."""
+    args = parse()
+    with training.init(timeout=args.timeout) as worker:
+        # 1. Rank 0 cuts the graph, unless a fitting partition stands already.
+        training.first_rank(lambda: partition(args, worker.world_size), worker.group)
+        training.forget_peak_memory()
+
+        # 2. Each worker opens its share; the loader finds what its seeds need in all of them.
+        share = GraphData.load_partition(root(args), worker.rank, worker.world_size)
+        owned, route = share.node(), share.to_route(worker.group)
+        loader = DistNeighborLoader(
+            share,
+            args.fanouts,
+            owned["train_mask"],
+            batch_size=args.batch_size,
+            shuffle=True,
+            concurrency=args.concurrency,
+            num_workers=args.num_workers,
+            seed=args.seed,
+            attributes=["x", "y"],
+        )
+
+        # 3. An ordinary model; each of its layers gets the edges that it needs.
+        torch.manual_seed(args.seed)
+        largest = int(owned["y"].max()) if share.num_owned() else 0
+        num_classes = int(training.all_numbers([largest], worker.group).max()) + 1
+        inner = GraphSAGE(owned["x"].size(1), args.hidden, len(args.fanouts), num_classes, dropout=args.dropout)
+        model = DistributedDataParallel(inner) if worker.world_size > 1 else inner
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+
+        def loss_of(batch: Any) -> tuple[Tensor, int]:
+            out = model(batch.x, blocks(batch))
+            return F.cross_entropy(out, batch.y[: batch.batch_size], ignore_index=-1), batch.batch_size
+
+        # 4. Train on samples, measure exactly.
+        log, best, spent = training.JsonLines(args.metrics, worker.rank), {"val": -1.0, "test": 0.0, "epoch": 0}, []
+        bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
+        for epoch in bar:
+            model.train()
+            done = training.train_epoch(loader, loss_of, optimizer, worker.group)
+            logits = training.full_graph_inference(inner, share, route, gather=False)
+            rows = owned["raw_ids"].argsort().argsort()  # predictions stand by raw id
+            scores = {
+                split: training.measure(args.metric, logits[rows], owned["y"], owned[f"{split}_mask"], route)
+                for split in ("train", "val", "test")
+            }
+            spent.append(done.seconds)
+            if scores["val"] > best["val"]:
+                best = {"val": scores["val"], "test": scores["test"], "epoch": epoch}
+            log.write(epoch=epoch, loss=done.loss, seconds=done.seconds, **scores)
+            bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{scores['val']:.4f}")
+        peaks = training.all_numbers([training.peak_memory() / 2**20], worker.group)[:, 0].tolist()
+        loader.close()
+        if worker.is_first:
+            table = Table("what", "value", title=f"GraphSAGE on {args.npz or args.dataset}, {worker.world_size} worker(s)")
+            table.add_row(f"{args.metric}, val", f"{best['val']:.4f}")
+            table.add_row(f"{args.metric}, test", f"{best['test']:.4f}")
+            table.add_row("best epoch", f"{best['epoch']} of {args.epochs}")
+            table.add_row("last loss", f"{done.loss:.6f}")
+            table.add_row("seeds per second (median)", f"{done.seeds / torch.tensor(spent).median().item():,.0f}")
+            for rank, peak in enumerate(peaks):
+                table.add_row(f"rank {rank}: peak memory", f"{peak:.0f} MiB")
+            Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    r"""The options; ``--help`` prints them."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--dataset", default="planted", help="planted, karate, Cora, CiteSeer, PubMed or ogbn-...")
+    parser.add_argument("--npz", type=Path, help="a graph file to read instead, see partpar.datasets.from_npz")
+    parser.add_argument("--nodes", type=int, default=4000, help="nodes of the planted graph")
+    parser.add_argument("--split", type=int, default=0, help="which split of a file that has several")
+    parser.add_argument("--root", type=Path, help="folder of partitions (default: partitions/<graph>)")
+    parser.add_argument("--fanouts", type=int, nargs="+", default=[10, 5], help="neighbours to draw in each hop")
+    parser.add_argument("--batch-size", type=int, default=256, help="seeds of a batch, on each worker")
+    parser.add_argument("--hidden", type=int, default=64, help="hidden channels")
+    parser.add_argument("--dropout", type=float, default=0.2, help="of hidden rows")
+    parser.add_argument("--epochs", type=int, default=10, help="how many")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
+    parser.add_argument("--metric", choices=["accuracy", "auc"], default="accuracy", help="auc is for two classes")
+    parser.add_argument("--seed", type=int, default=0, help="of the graph, the partition, samples, weights and dropout")
+    parser.add_argument("--concurrency", type=int, default=1, help="threads that make batches")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that make batches instead")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
+    parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    return parser.parse_args()
+
+
+def root(args: argparse.Namespace) -> Path:
+    r"""The folder of this graph's partitions."""
+    return args.root or Path("partitions") / (args.npz.stem if args.npz else args.dataset)
+
+
+def partition(args: argparse.Namespace, num_parts: int) -> str:
+    r"""Cuts the graph, unless this very graph was cut so before."""
+    if args.npz is not None:
+        data = datasets.from_npz(args.npz, args.split)
+    else:
+        options = {"num_nodes": args.nodes} if args.dataset == "planted" else {}
+        seeded = {"seed": args.seed} if args.dataset in datasets.GENERATED else {}
+        data = datasets.load(args.dataset, **options, **seeded)
+    graph = GraphData.from_pyg_data(data)
+    return str(graph.partition_graph(root(args), num_parts, partition_kwargs={"seed": args.seed}))
+
+
+if __name__ == "__main__":
+    main()
