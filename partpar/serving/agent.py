@@ -8,6 +8,7 @@ dead.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import traceback
 import warnings
@@ -62,6 +63,9 @@ def start(
         if is_running():
             _leases += 1
             return
+        # It listens where the process group does: on loopback, for workers of one machine.
+        if "GLOO_SOCKET_IFNAME" in os.environ:
+            os.environ.setdefault("TP_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
         options = rpc.TensorPipeRpcBackendOptions(
             num_worker_threads=max(num_threads, MIN_THREADS),
             rpc_timeout=timeout,
@@ -83,16 +87,54 @@ def start(
         _leases, _store = 1, store
 
 
-def start_in_default_group(timeout: float, num_threads: int) -> None:
-    r"""Starts the agent over the store of the default process group (collective)."""
+def start_in_default_group(timeout: float, num_threads: int, num_servers: int = 0) -> str:
+    r"""Starts the agent over the store of the default process group (collective).
+
+    Args:
+        timeout: Seconds that anything may take.
+        num_threads: How many questions are answered at a time.
+        num_servers: Processes beside the group's that take part, with the ranks behind its.
+
+    Returns:
+        The prefix in the store.
+    """
+    prefix = next_prefix()
+    if not is_running():
+        _starts[_world()] += 1
+    elif num_servers:
+        raise ServiceError("expected no service in this process before one with servers, found one; close it first")
+    store = dist.PrefixStore(prefix, shared_store() if num_servers else _default_store())
+    rank, world_size = dist.get_rank(), dist.get_world_size() + num_servers
+    start(worker_name(rank), rank, world_size, store, timeout, num_threads)
+    return prefix
+
+
+def next_prefix() -> str:
+    r"""What the next start in the default group will prefix its keys in the store with; the same on all ranks."""
+    return f"partpar_agent_{_starts.setdefault(_world(), 0)}"
+
+
+def shared_store() -> dist.TCPStore:
+    r"""The store below the default process group's, which other processes can reach by host and port."""
+    store = _default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        raise ServiceError(
+            f"expected a process group over a TCPStore, as torchrun makes it, found {type(store).__name__}; "
+            f"start without servers"
+        )
+    return store
+
+
+def _default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _world() -> ProcessGroup:
     world = dist.group.WORLD
     assert isinstance(world, ProcessGroup)
-    number = _starts.get(world, 0)
-    if not is_running():
-        _starts[world] = number + 1
-    store = dist.PrefixStore(f"partpar_agent_{number}", dist.distributed_c10d._get_default_store())
-    rank = dist.get_rank()
-    start(f"worker {rank}".replace(" ", "-"), rank, dist.get_world_size(), store, timeout, num_threads)
+    return world
 
 
 def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
@@ -110,22 +152,29 @@ def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
         if _leases > 0 or not is_running():
             return
         _leases = 0
-        store, _store = _store, None
-        together = wait and store is not None and _say_farewell(store, timeout)
-        with contextlib.suppress(RuntimeError):  # a peer that went meanwhile: nothing is left to ask it
-            rpc.shutdown(graceful=together, timeout=timeout)
-        if is_running():
-            rpc.shutdown(graceful=False)
+        if wait:
+            part_from_all("agent", timeout)
+        _store = None
+        # torch's own way to wait for the others can hang where an agent is started again in a process.
+        rpc.shutdown(graceful=False)
         _outbox.clear()
 
 
-def _say_farewell(store: dist.Store, timeout: float) -> bool:
-    """Whether all said that they have no more questions."""
-    infos = _infos()
+def say_farewell(what: str) -> None:
+    r"""Tells the others that this process has no more questions to an endpoint, or to the ``"agent"`` at all."""
+    if _store is not None:
+        with contextlib.suppress(RuntimeError):  # the store went with its process
+            _store.set(f"farewell_{what}_{_own_id()}", "1")
+
+
+def part_from_all(what: str, timeout: float = FAREWELL) -> bool:
+    r"""Says farewell and waits for that of all others; whether all came before one was gone or the time was up."""
+    if _store is None:
+        return True
+    say_farewell(what)
     try:
-        store.set(f"farewell_{_own_id()}", "1")
-        store.wait([f"farewell_{info.id}" for info in infos], timedelta(seconds=timeout))
-    except RuntimeError:  # DistStoreError and DistNetworkError among them: somebody is gone, or late
+        _store.wait([f"farewell_{what}_{info.id}" for info in _infos()], timedelta(seconds=timeout))
+    except RuntimeError:  # the store's errors, of which a timeout is one
         return False
     return True
 
@@ -140,6 +189,11 @@ def _own_id() -> int:
     from torch.distributed import rpc
 
     return int(rpc.get_worker_info().id)
+
+
+def worker_name(rank: int) -> str:
+    r"""What a worker of the default group is called, unless somebody else started its agent."""
+    return f"worker-{rank}"
 
 
 def names() -> list[str]:

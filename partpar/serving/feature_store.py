@@ -3,6 +3,7 @@ r"""The rows of one part, behind PyG's :class:`~torch_geometric.data.FeatureStor
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from partpar.errors import GraphError, IdError
 from partpar.graph import GraphData
 from partpar.serving.book import RangeBook
 from partpar.serving.lookup import Lookup, Router
+from partpar.serving.owner import Type
 from partpar.serving.partition import Group, group_of, is_typed, kind_of, meta_of, open_part
 from partpar.serving.service import Service
 
@@ -179,15 +181,18 @@ class LocalFeatureStore(FeatureStore):
             index: Raw ids of nodes or edges, as often as you like.
             is_node_feat: Rows ``"x"`` of nodes, or ``"edge_attr"`` of edges.
             input_type: In a heterogeneous graph, their type.
+
+        Raises:
+            IdError: An id is nobody's.
         """
         group, name = self._which(is_node_feat, input_type)
         future: Future = Future()
-        try:
-            wait = self._begin(index, is_node_feat, group, name)
-        except Exception as error:  # noqa: BLE001 - it is raised where the rows are awaited
-            future.set_exception(error)
-            return future
-        return _Rows(wait)
+        wait = self._begin(index, is_node_feat, group, name)
+        if self.service is None and self._lookup is None:
+            _finish(future, wait)
+        else:  # others may chain on the future, so it is done when the rows are there, awaited or not
+            threading.Thread(target=_finish, args=(future, wait), daemon=True).start()
+        return future
 
     def put_features(
         self, index: Tensor, rows: Tensor, is_node_feat: bool = True, input_type: Any = None
@@ -288,7 +293,8 @@ class LocalFeatureStore(FeatureStore):
         store = cls()
         store.share, store.meta = share, meta_of(share)
         store.num_partitions, store.partition_idx = share.num_parts, share.part_id
-        for kind in (*share.node_types, *share.edge_types):
+        kinds: list[Type] = [*share.node_types, *share.edge_types]
+        for kind in kinds:
             frame = share.node(kind) if isinstance(kind, str) else share.edge(kind)
             group = group_of(share, kind)
             store._global_id[group] = lambda frame=frame: frame["raw_ids"]
@@ -310,18 +316,8 @@ class LocalFeatureStore(FeatureStore):
             self.put_tensor(value, group_name=group, attr_name=name)
 
 
-class _Rows(Future):
-    """Rows that are put together when they are awaited, in the thread that wants them."""
-
-    def __init__(self, wait: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self._wait, self._rows = wait, None
-
-    def wait(self) -> Tensor:
-        if self._rows is None:
-            self._rows = self._wait()
-            self.set_result(self._rows)
-        return self._rows
-
-    def value(self) -> Tensor:
-        return self.wait()
+def _finish(future: Future, wait: Callable[[], Tensor]) -> None:
+    try:
+        future.set_result(wait())
+    except Exception as error:  # noqa: BLE001 - it is raised where the rows are awaited
+        future.set_exception(error)

@@ -12,6 +12,7 @@ from torch_geometric.data import EdgeAttr, GraphStore
 from torch_geometric.utils import sort_edge_index
 from typing_extensions import Self
 
+from partpar.errors import IdError
 from partpar.graph import EdgeType, GraphData
 from partpar.serving.book import RangeBook
 from partpar.serving.partition import is_typed, meta_of, open_part
@@ -73,14 +74,12 @@ class LocalGraphStore(GraphStore):
     def attach(self, service: Service) -> None:
         r"""Lets books of ranges find any raw id, through the service's directory."""
         self.service = service
-        books = {service.share._node_type(None): self.node_pb} if isinstance(self.node_pb, RangeBook) else self.node_pb
-        for kind, book in books.items() if isinstance(books, dict) else ():
-            if isinstance(book, RangeBook):
-                book.ids_of = _finder(service, kind)
-        if isinstance(self.edge_pb, dict) or isinstance(self.edge_pb, RangeBook) or self.edge_pb is None:
-            made = {t: RangeBook(service.edge_offsets(t), _finder(service, t)) for t in service.edge_types}
-            if self.share is not None:
-                self.edge_pb = made if is_typed(self.share) else next(iter(made.values()))
+        if self.share is None:
+            return
+        nodes: Any = {t: RangeBook(service.offsets(t), _finder(service, t)) for t in service.node_types}
+        edges: Any = {t: RangeBook(service.edge_offsets(t), _finder(service, t)) for t in service.edge_types}
+        typed = is_typed(self.share)
+        self.node_pb, self.edge_pb = (dict(b) if typed else next(iter(b.values())) for b in (nodes, edges))
 
     # --- ids of edges -------------------------------------------------------------------------------------------
 
@@ -245,8 +244,6 @@ def _local_finder(share: GraphData, node_type: str) -> Callable[[Tensor], Tensor
     """Finds what a share knows by itself: its owned nodes and its halo."""
 
     def find(raw_ids: Tensor) -> Tensor:
-        from partpar.errors import IdError
-
         sources = share.node(node_type, "src")
         known, order = sources["raw_ids"].sort()
         at = torch.searchsorted(known, raw_ids).clamp_(max=max(known.numel() - 1, 0))

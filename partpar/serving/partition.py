@@ -60,7 +60,7 @@ def kind_of(share: GraphData, group: Group, is_node: bool) -> Type:
     r"""Back from :func:`group_of`."""
     if is_typed(share):
         assert group is not None
-        return group  # type: ignore[return-value]
+        return group
     return NODE if is_node else EDGE
 
 

@@ -6,7 +6,7 @@ Part ``hash(raw id) % num_parts`` keeps the id of a raw id (after the distribute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,12 +26,21 @@ class Directory:
 
     Args:
         share: Whose rows this part tells of.
+        offsets: Says where the ids of each part begin, for a type.
         transport: To ask other parts.
         verbs: To be asked.
         timeout: Seconds until tables must be there.
     """
 
-    def __init__(self, share: GraphData, transport: Transport, verbs: Verbs, timeout: float) -> None:
+    def __init__(
+        self,
+        share: GraphData,
+        offsets: Callable[[Type], Tensor],
+        transport: Transport,
+        verbs: Verbs,
+        timeout: float,
+    ) -> None:
+        self.offsets = offsets
         self.share, self.num_parts, self.transport, self.timeout = share, share.num_parts, transport, timeout
         self._tables = MadeOnce(self._make)
         verbs.register("find", self._answer_find)
@@ -79,16 +88,17 @@ class Directory:
 
     def _answer_entries(self, tensors: Tensors, values: Values) -> Tensors:
         kind, home = _kind(values["type"]), int(values["home"])
-        raw_ids, ids = (column_of(self.share, kind, name) for name in ("raw_ids", "ids"))
-        at = (home_of(raw_ids, self.num_parts) == home).nonzero().flatten()
-        return {"raw_ids": raw_ids[at], "ids": ids[at]}
+        raw_ids = column_of(self.share, kind, "raw_ids")
+        rows = (home_of(raw_ids, self.num_parts) == home).nonzero().flatten()
+        return {"raw_ids": raw_ids[rows], "rows": rows}
 
     def _make(self, kind: Type) -> Table:
         question = {"type": _plain(kind), "home": self.share.part_id}
         asked = [self.transport.begin(p, "entries", {}, question) for p in range(self.num_parts)]
         told = [flight.wait() for flight in asked]
+        starts = self.offsets(kind).tolist()
         raw_ids, order = torch.cat([t["raw_ids"] for t in told]).sort()
-        return raw_ids, torch.cat([t["ids"] for t in told])[order]
+        return raw_ids, torch.cat([t["rows"] + start for t, start in zip(told, starts, strict=False)])[order]
 
 
 def _plain(kind: Type) -> str | list[str]:

@@ -2,6 +2,8 @@ r"""Starting the service of a share: alone, or together with the workers of all 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from partpar import exchange
@@ -11,6 +13,7 @@ from partpar.serving import agent
 from partpar.serving.cache import RowCache
 from partpar.serving.owner import Owner
 from partpar.serving.remote import RpcTransport
+from partpar.serving.server import ServerProcess, server_name
 from partpar.serving.service import Service
 from partpar.serving.transport import InProcessTransport
 
@@ -23,6 +26,7 @@ def start_service(
     cache_bytes: int = CACHE_BYTES,
     timeout: float = 60.0,
     num_threads: int = 4,
+    servers: str | Path | None = None,
 ) -> Service:
     r"""Starts to answer for a share, and returns the way to ask for the whole graph (collective).
 
@@ -34,6 +38,8 @@ def start_service(
         cache_bytes: Bound of the rows of other parts that are kept here.
         timeout: Seconds until a part that does not answer counts as lost.
         num_threads: How many questions this worker answers at a time, at least 4.
+        servers: The partition's folder, to have a process of its own answer for each part; by default the workers
+            answer, on threads.
 
     Raises:
         RouteError: The share, or the number of workers, does not fit the partition; on every rank.
@@ -44,20 +50,46 @@ def start_service(
         return Service(owner, InProcessTransport({0: owner.verbs}), timeout)
     group = exchange.own_group()
     rank, world_size = exchange.rank_and_size(group)
+    if group is None:
+        raise ServiceError(
+            f"start_service: expected a process group of the workers of {share.num_parts} parts, found this process alone; "
+            f"start them with torchrun and call init first"
+        )
     number = _agree(share, group, rank, world_size)
     endpoint = f"service-{number}"
-    agent.start_in_default_group(timeout, num_threads)
-    names = agent.names()
-    each = world_size // share.num_parts
-    workers = []
-    for part in range(share.num_parts):
-        mine = names[part * each : (part + 1) * each]
-        first = rank % each
-        workers.append(mine[first:] + mine[:first])
-    service = Service(owner, _Leased(endpoint, workers, timeout), timeout)
+    each, num_servers = world_size // share.num_parts, 0 if servers is None else share.num_parts
+    server: ServerProcess | None = None
+    if servers is None:
+        agent.start_in_default_group(timeout, num_threads)
+        workers = _workers(agent.names(), share.num_parts, rank)
+    else:
+        workers = _workers([agent.worker_name(r) for r in range(world_size)], share.num_parts, rank)
+        workers = [[server_name(part), *names] for part, names in enumerate(workers)]
+        if rank % each == 0:
+            server = ServerProcess(
+                servers,
+                share.part_id,
+                endpoint,
+                workers,
+                rank=world_size + share.part_id,
+                world_size=world_size + num_servers,
+                token=agent.next_prefix(),
+                timeout=timeout,
+                num_threads=num_threads,
+            )
+        agent.start_in_default_group(timeout, num_threads, num_servers)
+    service = Service(owner, _Leased(endpoint, workers, timeout, server), timeout)
     agent.offer(endpoint, owner.verbs)
     exchange.agree(group, "start_service", {})  # nobody is asked before all can answer
     return service
+
+
+def _workers(names: list[str], num_parts: int, rank: int) -> list[list[str]]:
+    """Who stands for each part, the one that this rank asks first: so questions are spread."""
+    each = len(names) // num_parts
+    first = rank % each
+    parts = (names[part * each : (part + 1) * each] for part in range(num_parts))
+    return [mine[first:] + mine[:first] for mine in parts]
 
 
 def _agree(share: GraphData, group: dist.ProcessGroup | None, rank: int, world_size: int) -> int:
@@ -80,8 +112,6 @@ def _agree(share: GraphData, group: dist.ProcessGroup | None, rank: int, world_s
         "_number": _number,
     }
     told = exchange.agree(group, "start_service", fields, wrong)
-    if group is None:
-        raise ServiceError("start_service: expected a process group for a partition in several parts; call init first")
     _number = 1 + max(fields["_number"] for fields in told)
     return _number
 
@@ -89,14 +119,20 @@ def _agree(share: GraphData, group: dist.ProcessGroup | None, rank: int, world_s
 class _Leased(RpcTransport):
     """Holds a lease on this process's agent."""
 
-    def __init__(self, endpoint: str, workers: list[list[str]], timeout: float) -> None:
+    def __init__(
+        self, endpoint: str, workers: list[list[str]], timeout: float, server: ServerProcess | None
+    ) -> None:
         super().__init__(endpoint, workers, timeout)
-        self._wait = True
+        self._wait, self._server = True, server
 
     def abandon(self) -> None:
         self._wait = False
 
     def close(self) -> None:
-        agent.stop(min(self.timeout, agent.FAREWELL), wait=self._wait)
+        # Others may still ask here, though this process has no more questions.
+        together = self._wait and agent.part_from_all(self.endpoint, min(self.timeout, agent.FAREWELL))
         agent.withdraw(self.endpoint)
+        agent.stop(min(self.timeout, agent.FAREWELL), wait=together)
+        if self._server is not None:
+            self._server.close()
 
