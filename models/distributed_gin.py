@@ -124,7 +124,7 @@ class DistributedGIN(BasicGNN):
         r"""The tables of learned rows, for a sparse optimiser."""
         return self.learned.tables
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor | SourceRows | None,
         edge_index: Tensor | Adjacency | Sequence[Adjacency],
@@ -178,7 +178,7 @@ class DistributedGIN(BasicGNN):
         for i in range(self.num_layers):
 
             def layer(pair: tuple[Tensor, Tensor], block: Adjacency, of: dict[str, Tensor], i: int = i) -> Tensor:
-                return self._layer(i, pair, block, None, of)  # type: ignore[arg-type]
+                return self._layer(i, pair, block, None, of)
 
             hidden.append(in_chunks(layer, hidden[-1], edge_index, route, per_edge, self.chunk_size))
             if not hasattr(self, "jk"):

@@ -18,6 +18,7 @@ from partpar.route import Route
 from partpar.sharded.embedding import DistEmbedding, lookup
 from partpar.sharded.initializers import InitFunc, Normal
 from partpar.sharded.policy import PartPolicy
+from partpar.sharded.tensor import DistTensor
 
 Policy = PartPolicy | Tensor | Sequence[int] | GraphData | None
 
@@ -154,7 +155,8 @@ class DistributedGINConv(GINConv):
         name = type(self).__name__
         dim = _dimension(name, use_dist_embedding, embedding_dim, "embedding_dim")
         self.learned = LearnedRows(name, dim, None, embedding_name)
-        self.use_dist_tensor, self.chunk_size, self.output = use_dist_tensor, chunk_size, None
+        self.use_dist_tensor, self.chunk_size = use_dist_tensor, chunk_size
+        self.output: DistTensor | None = None
 
     def set_num_embeddings(
         self,
@@ -173,7 +175,7 @@ class DistributedGINConv(GINConv):
         """
         self.learned.make(num_nodes, None, part_policy, None, init_func, dtype or dtype_of(self))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Rows | None,
         edge_index: Tensor | Adjacency,
@@ -234,7 +236,8 @@ class DistributedGINEConv(GINEConv):
         dim = _dimension(name, use_dist_embedding, embedding_dim, "embedding_dim")
         edge = _dimension(name, use_dist_edge_embedding, edge_embedding_dim or edge_dim, "edge_embedding_dim")
         self.learned = LearnedRows(name, dim, edge, embedding_name, edge_embedding_name)
-        self.use_dist_tensor, self.chunk_size, self.output = use_dist_tensor, chunk_size, None
+        self.use_dist_tensor, self.chunk_size = use_dist_tensor, chunk_size
+        self.output: DistTensor | None = None
 
     def set_num_embeddings(
         self,
@@ -249,7 +252,7 @@ class DistributedGINEConv(GINEConv):
         :meth:`DistributedGINConv.set_num_embeddings`."""
         self.learned.make(num_nodes, num_edges, part_policy, edge_part_policy, init_func, dtype or dtype_of(self))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Rows | None,
         edge_index: Tensor | Adjacency,

@@ -26,7 +26,7 @@ class ShardedRows(Tensor):
 
     @staticmethod
     def __new__(cls: type[ShardedRows], shape: torch.Size, local: Tensor, first_id: int) -> ShardedRows:
-        self: ShardedRows = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype)  # type: ignore[attr-defined]
+        self: ShardedRows = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype)
         self.local, self.first_id = local, first_id
         return self
 
@@ -37,7 +37,9 @@ class ShardedRows(Tensor):
         return cls(torch.Size((shard.policy.num_rows, *local.shape[1:])), local, shard.first_id)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = func.overloadpacket
         if name is torch.ops.aten.detach:
             return cls(args[0].shape, args[0].local, args[0].first_id)

@@ -18,8 +18,8 @@ from partpar.serving import agent
 from partpar.serving.remote import RpcTransport
 from partpar.serving.transport import InFlight, InProcessTransport, Tensors, Transport, Values, Verbs
 from partpar.sharded.shard import Shard, names
-from partpar.sharded.swap import Wanted, want
 from partpar.sharded.tensor import DistTensor, check_ids, check_rows
+from partpar.sharded.wanted import Wanted, want
 
 GATHER, SCATTER = "gather rows", "scatter rows"
 _number = 0  # of services that this process took part in

@@ -1,0 +1,87 @@
+r"""How rows lie in the buffers that are exchanged: for each rank, for each tensor, a block of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from partpar import exchange
+from partpar.sharded.shard import Shard
+from partpar.sharded.wanted import Wanted
+
+_ALIGN = 8  # bytes; rows of every dtype may begin at a multiple of it
+_MOST_BUFFERS = 8
+
+_free: list[Tensor] = []
+
+
+def take(num_bytes: int) -> Tensor:
+    """uint8 ``[num_bytes]``, of memory that was used before where there is some: fresh pages halve gloo's speed."""
+    for i, buffer in enumerate(_free):
+        if buffer.numel() >= num_bytes:
+            return _free.pop(i)[:num_bytes]
+    return torch.empty(max(num_bytes + num_bytes // 4, 1 << 16), dtype=torch.uint8)[:num_bytes]
+
+
+def give(buffer: Tensor) -> None:
+    r"""Takes a buffer back."""
+    whole = buffer.untyped_storage().nbytes()
+    _free.append(torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage(), 0, (whole,)))  # type: ignore[call-overload]
+    if len(_free) > _MOST_BUFFERS:
+        _free.pop(0)
+
+
+_count_up = np.arange(1 << 14)
+
+
+def in_order(num: int) -> np.ndarray:
+    """``0, 1, …, num - 1``, not made anew each time."""
+    global _count_up
+    if len(_count_up) < num:
+        _count_up = np.arange(2 * num)
+    return _count_up[:num]
+
+
+def starts_of(counts: np.ndarray, shards: Sequence[Shard]) -> tuple[np.ndarray, list[int]]:
+    """Where the block of each (rank, tensor) begins in a buffer of rows, and the bytes of each rank's blocks."""
+    sizes = counts * np.array([shard.row_bytes for shard in shards])
+    sizes = (sizes + _ALIGN - 1) // _ALIGN * _ALIGN
+    ends = sizes.cumsum().reshape(sizes.shape)
+    return ends - sizes, sizes.sum(1).tolist()
+
+
+def block(buffer: np.ndarray, start: int, num_rows: int, row_bytes: int, dtype: type | np.dtype) -> np.ndarray:
+    """A block of rows in a buffer of bytes, ``[num_rows, k]``."""
+    found = buffer[start : start + num_rows * row_bytes].view(dtype)
+    return found.reshape(num_rows, row_bytes // np.dtype(dtype).itemsize)
+
+
+def away(counts: np.ndarray, rank: int) -> np.ndarray:
+    """Counts of what travels."""
+    counts = counts.copy()
+    counts[rank] = 0
+    return counts
+
+
+def send_ids(
+    wanted: Sequence[Wanted], asked: np.ndarray, heard: np.ndarray, group: ProcessGroup
+) -> exchange.RowsInFlight:
+    r"""Begins telling each rank which of its rows this one names.
+
+    Args:
+        wanted: For each tensor.
+        asked: int64 ``[num_parts, num_tensors]``, rows of each rank that this one names.
+        heard: The same the other way.
+        group: An own group.
+    """
+    size, dtype = len(asked), wanted[0].local.dtype if len({w.local.dtype for w in wanted}) == 1 else np.int64
+    if len(wanted) == 1:
+        ids = wanted[0].local[: wanted[0].num_away]
+    else:
+        blocks = [w.local[w.block(part)] for part in range(size) if asked[part].any() for w in wanted]
+        ids = np.concatenate([np.empty(0, dtype), *blocks]).astype(dtype, copy=False)
+    return exchange.send_rows(torch.from_numpy(ids), asked.sum(1).tolist(), heard.sum(1).tolist(), group)
