@@ -18,6 +18,7 @@ from torch_geometric.data import HeteroData
 from partpar import GraphData
 from partpar.errors import AgreementError, GraphError, IdError, PeerLostError, RemoteError, ServiceError
 from partpar.serving import Service, agent, start_service
+from partpar.serving.buffers import Buffers
 from partpar.serving.cache import RowCache
 from partpar.serving.hop import answer_hop
 from partpar.serving.messages import HopRequest
@@ -258,6 +259,22 @@ def test_messages_hold_tensors_and_plain_values_only():
             verbs.answer("echo", {"t": tensor}, {})
     with pytest.raises(ServiceError, match="new verb"):
         verbs.register("echo", lambda tensors, values: tensors)
+
+
+def test_buffers_are_used_again_once_nobody_needs_them():
+    buffers = Buffers()
+    first = buffers.empty((1 << 18, 2), torch.float32)
+    view = first[5:]  # keeps the memory as well
+    address = first.data_ptr()
+    del first
+    second = buffers.empty((1 << 18, 2), torch.float32)
+    assert second.data_ptr() != address and second.shape == (1 << 18, 2)
+    del view
+    third = buffers.empty((1 << 18,), torch.int64)
+    assert third.data_ptr() == address and third.dtype == torch.int64
+    many = [buffers.empty((1 << 20,), torch.uint8) for _ in range(40)]
+    assert len({tensor.data_ptr() for tensor in (second, third, *many)}) == 42
+    assert buffers.empty((3,), torch.bool).shape == (3,)
 
 
 def test_large_answers_are_kept_until_fetched():

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from partpar.errors import GraphError, IdError
 from partpar.graph import EdgeType
 from partpar.kernels.table import place_ids
+from partpar.serving.buffers import Buffers
 from partpar.serving.flights import HopsInFlight, OneTypeInFlight, RowsInFlight, Split
 from partpar.serving.later import Patient
 from partpar.serving.messages import HopRequest
@@ -45,7 +46,7 @@ class Service:
         self.part_id, self.num_parts = self.share.part_id, self.share.num_parts
         self._offsets: dict[Type, Tensor] = {t: self.share.offsets(t) for t in self.share.node_types}
         self._directory = Directory(self.share, self._starts, transport, owner.verbs, timeout)
-        self._timeout = timeout
+        self._timeout, self._buffers = timeout, Buffers()
         owner.fetch_rows = lambda kind, name, ids: self._bring(kind, name)(ids)
         self._closed = False
 
@@ -265,7 +266,9 @@ class Service:
         own: list[tuple[Type, Tensor, Tensor]] = []
         for kind, (names, ids) in wanted.items():
             columns = {name: column_of(self.share, kind, name) for name in names}
-            flight.out[kind] = {n: c.new_empty((ids.numel(), *c.shape[1:])) for n, c in columns.items()}
+            flight.out[kind] = {
+                n: self._buffers.empty((ids.numel(), *c.shape[1:]), c.dtype) for n, c in columns.items()
+            }
             split = self._split(kind, ids)
             if use_cache and isinstance(kind, str) and int(split.counts.sum() - split.counts[self.part_id]):
                 split = self._take_kept(kind, names, ids, split, flight.out[kind])
