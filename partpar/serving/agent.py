@@ -76,9 +76,8 @@ def start(
             warnings.simplefilter("ignore", UserWarning)  # torch's own, about how it gathers names
             autograd._init(rank)
             try:
-                rpc._init_rpc_backend(
-                    rpc.backend_registry.BackendType.TENSORPIPE, store, name, rank, world_size, options
-                )
+                backend: Any = rpc.backend_registry.BackendType
+                rpc._init_rpc_backend(backend.TENSORPIPE, store, name, rank, world_size, options)
             except RuntimeError as error:
                 raise ServiceError(
                     f"{name}: expected {world_size} processes to start their remote service within {timeout:g} s, "
