@@ -38,7 +38,8 @@ def share_of(features: LocalFeatureStore, graph: LocalGraphStore, time_attr: str
     """
     if graph.share is not None:
         share = graph.share
-        for kind in (*share.node_types, *share.edge_types):
+        kinds: list[Type] = [*share.node_types, *share.edge_types]
+        for kind in kinds:
             frame = share.node(kind) if isinstance(kind, str) else share.edge(kind)
             _add_rows(features, _group(kind), kind, frame, frame["raw_ids"], time_attr, changed=True)
     else:
