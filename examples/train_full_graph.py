@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
         "--wire", choices=["bfloat16", "float16"], help="round rows to this on their way between workers"
     )
     train.add_argument("--device", default="cpu", help="cpu or cuda")
-    train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
+    train.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)

@@ -1,7 +1,7 @@
 r"""Sets one worker up: its process group, its device, its threads and its memory allocator.
 
-:func:`init` reads the environment that ``torchrun`` gives a worker; without it the process works alone, with
-no process group at all.
+:func:`init` reads the environment that ``torchrun``, Open MPI or SLURM gives a worker; without any the process works
+alone, with no process group at all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -18,48 +17,12 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from partpar.errors import PartparError
+from partpar.training.environment import Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.together import forget_groups
 
-LOOPBACK = "127.0.0.1"
 NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
 _LAST_WORK = 0.1  # seconds that threads of a group get to drop what they hold
-
-
-class SetupError(PartparError, ValueError):
-    r"""The environment or the arguments do not describe a worker that could be set up."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    r"""What the environment says about this worker.
-
-    Args:
-        rank: Number of this worker, from 0.
-        local_rank: Number of this worker on its machine, from 0.
-        world_size: Number of workers.
-        local_world_size: Number of workers on this machine.
-        master_addr: Host of the worker, or of the launcher, that all meet at.
-        master_port: TCP port there.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    master_addr: str = LOOPBACK
-    master_port: int | None = None
-
-    @property
-    def launched(self) -> bool:
-        r"""Whether a launcher started this process: even one worker has a process group then."""
-        return self.master_port is not None
-
-    @property
-    def one_machine(self) -> bool:
-        r"""Whether all workers are on this machine."""
-        return self.local_world_size == self.world_size
 
 
 @dataclass(frozen=True)
@@ -107,53 +70,6 @@ class Context:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _number(env: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
-    text = env.get(name)
-    if text is None and default is not None:
-        return default
-    try:
-        value = int(text or "")
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise SetupError(
-            f"{name} must be an integer from {low} to {high}, but the environment says {text!r}; "
-            "start the workers with torchrun, or unset RANK and WORLD_SIZE to run one process"
-        )
-    return value
-
-
-def read_environment(env: Mapping[str, str] | None = None) -> Launch:
-    r"""Reads what a launcher set: ``RANK``, ``WORLD_SIZE``, ``MASTER_PORT`` and, if there, ``LOCAL_RANK``,
-    ``LOCAL_WORLD_SIZE`` and ``MASTER_ADDR`` (loopback if not).
-
-    Args:
-        env: The variables; :obj:`os.environ` by default.
-
-    Returns:
-        A :class:`Launch`; that of a process alone if neither ``RANK`` nor ``WORLD_SIZE`` is set.
-
-    Raises:
-        SetupError: If the environment is half set, or a number in it is none or out of range.
-    """
-    env = os.environ if env is None else env
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        return Launch()
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name not in env]
-    if missing:
-        there = [f"{name}={env[name]}" for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name in env]
-        raise SetupError(
-            f"the environment is half set: {', '.join(there)} without {', '.join(missing)}; "
-            "start the workers with torchrun, or unset RANK and WORLD_SIZE to run one process"
-        )
-    world_size = _number(env, "WORLD_SIZE", 1, 1 << 20)
-    rank = _number(env, "RANK", 0, world_size - 1)
-    local_world_size = _number(env, "LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
-    local_rank = _number(env, "LOCAL_RANK", 0, local_world_size - 1, default=rank % local_world_size)
-    port = _number(env, "MASTER_PORT", 1, 65535)
-    return Launch(rank, local_rank, world_size, local_world_size, env.get("MASTER_ADDR") or LOOPBACK, port)
 
 
 def choose_device(device: str | torch.device | None, launch: Launch) -> torch.device:
@@ -236,20 +152,22 @@ def _set_allocator() -> str:
 def init(
     device: str | torch.device | None = None,
     backend: str | None = None,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     threads: int | None = None,
     allocator: bool = True,
     quiet: bool = False,
     allow_network: bool = False,
 ) -> Context:
-    r"""Sets this process up as a worker, from the environment of ``torchrun``, or alone.
+    r"""Sets this process up as a worker, from the environment of a launcher, or alone; see
+    :func:`~partpar.training.environment.read_environment`.
 
     A process group that stands already is used, and left to its owner to end.
 
     Args:
         device: ``"cpu"`` (default) or ``"cuda"``, which takes the GPU of the local rank.
         backend: ``"gloo"`` or ``"nccl"``; by default NCCL for GPUs that no two workers share, else gloo.
-        timeout: Seconds after which a collective that some worker does not reach raises.
+        timeout: Seconds after which a collective that some worker does not reach raises; torch would wait half an
+            hour.
         threads: Threads of this worker; by default this machine's cores divided by its workers, at least one, or for
             a process alone what ``OMP_NUM_THREADS`` says.
         allocator: Whether to make large blocks cheap. If ``THP_MEM_ALLOC_ENABLE=1`` stood in the environment
@@ -294,6 +212,7 @@ def init(
         name = choose_backend(backend, place, launch, None if device is None else torch.device(device))
         _keep_to_this_machine(launch, allow_network)
         os.environ.setdefault("MASTER_ADDR", launch.master_addr)
+        os.environ.setdefault("MASTER_PORT", str(launch.master_port))
         # Naming the device lets NCCL connect at once, so that a worker that cannot fails here and not in its
         # first exchange.
         dist.init_process_group(
