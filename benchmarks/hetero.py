@@ -48,7 +48,6 @@ class Contender:
     who: str
     ranks: int = 1
     threads: int = 2
-    conv: str = "RGCNConv"
     keep_halo: bool = True
     tuned: bool = True
 
@@ -57,7 +56,6 @@ THEIRS, OURS = "PyG RGCNConv 1 x 2", "partpar 2 x 1"
 CONTENDERS = (
     Contender(THEIRS, "pyg", tuned=False),
     Contender("PyG RGCNConv 1 x 2, huge pages", "pyg"),
-    Contender("PyG FastRGCNConv 1 x 2", "pyg", conv="FastRGCNConv", tuned=False),
     Contender("partpar 1 x 2", "partpar"),
     Contender(OURS, "partpar", ranks=2, threads=1),
     Contender("partpar 2 x 1, features sent", "partpar", ranks=2, threads=1, keep_halo=False),
@@ -131,7 +129,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nodes", type=int, default=120_000)
-    parser.add_argument("--edges", type=int, default=1_250_000, help="about this many come out, both ways")
+    parser.add_argument("--edges", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--communities", type=int, default=128)
