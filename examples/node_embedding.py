@@ -79,7 +79,8 @@ def train(
     x, sparse = None, None
     if args.use_dist_embedding:
         num_nodes = int(share.offsets()[-1])
-        model.set_num_embeddings(num_nodes, part_policy=share, init_func=Normal(std=args.std, seed=seed))
+        first = Normal(std=args.std, seed=seed).of(nodes["raw_ids"])  # the same for any cut
+        model.set_num_embeddings(num_nodes, part_policy=share, init_func=first)
         sparse = make_optimiser(args, model, worker.world_size)
     else:
         x = share.adj().degrees.float().log1p().unsqueeze(1)

@@ -150,6 +150,19 @@ def test_every_dtype_and_shape_moves(gang: Gang, world_size: int) -> None:
     gang.run(every_dtype, world_size)
 
 
+def by_raw_id(worker: Worker) -> Tensor:
+    raw_ids = torch.randperm(40, generator=torch.Generator().manual_seed(worker.world_size))
+    t = DistTensor((40, 3))
+    u = DistTensor((40, 3), init_func=Normal(seed=1).of(raw_ids[t.local_ids]))
+    return u[raw_ids.argsort()]
+
+
+def test_first_values_go_by_raw_id_where_asked(gang: Gang) -> None:
+    alone = DistTensor((40, 3), init_func=Normal(seed=1)).local_rows
+    for found in gang.run(by_raw_id, 3):
+        assert torch.equal(found, alone)
+
+
 def own_function(worker: Worker) -> tuple[Tensor, Tensor]:
     before = torch.get_rng_state()
     made = DistTensor((8, 2), torch.float64, "drawn", lambda shape, dtype: torch.randn(shape, dtype=dtype))

@@ -106,8 +106,8 @@ def count_no_steps(patch: Patch) -> None:
 
 
 def draw_by_local_row(patch: Patch) -> None:
-    fill = initializers._fill
-    patch.setattr(initializers, "_fill", lambda f, rows, first_id, *rest: fill(f, rows, 0, *rest))
+    fill = initializers._Drawn.fill
+    patch.setattr(initializers._Drawn, "fill", lambda self, rows, first_id: fill(self, rows, 0))
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], str]] = [

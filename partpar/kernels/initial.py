@@ -14,19 +14,19 @@ _UNIT = 2.0**-53
 
 
 @njit(nogil=True, cache=True)
-def fill_uniform(out: np.ndarray, first_id: int, key: np.uint64, low: float, high: float) -> None:
-    r"""``out[i]`` uniform in ``[low, high)`` for the row ``first_id + i``."""
+def fill_uniform(out: np.ndarray, ids: np.ndarray, key: np.uint64, low: float, high: float) -> None:
+    r"""``out[i]`` uniform in ``[low, high)`` for the row ``ids[i]``."""
     for i in range(out.shape[0]):
-        row = absorb(key, np.uint64(first_id + i))
+        row = absorb(key, np.uint64(ids[i]))
         for c in range(out.shape[1]):
             out[i, c] = low + (high - low) * (float(draw(row, np.uint64(c)) >> _U_11) * _UNIT)
 
 
 @njit(nogil=True, cache=True)
-def fill_normal(out: np.ndarray, first_id: int, key: np.uint64, mean: float, std: float) -> None:
-    r"""``out[i]`` normal for the row ``first_id + i`` (Box and Muller, 1958; two draws an entry, no pair kept)."""
+def fill_normal(out: np.ndarray, ids: np.ndarray, key: np.uint64, mean: float, std: float) -> None:
+    r"""``out[i]`` normal for the row ``ids[i]`` (Box and Muller, 1958; two draws an entry, no pair kept)."""
     for i in range(out.shape[0]):
-        row = absorb(key, np.uint64(first_id + i))
+        row = absorb(key, np.uint64(ids[i]))
         for c in range(out.shape[1]):
             # 1 - u lies in (0, 1]: its logarithm is finite.
             u = 1.0 - float(draw(row, np.uint64(2 * c)) >> _U_11) * _UNIT

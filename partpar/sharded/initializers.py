@@ -15,6 +15,8 @@ from partpar.errors import RouteError
 from partpar.kernels import counter
 from partpar.kernels.initial import fill_normal, fill_uniform
 
+_CHUNK = 1 << 16  # rows whose ids are made at a time
+
 
 class Initializer(Protocol):
     r"""What fills rows by their ids."""
@@ -37,28 +39,64 @@ class Constant:
         rows.fill_(self.value)
 
 
+class _Drawn:
+    """Drawn by a counter."""
+
+    def of(self, ids: Tensor) -> OfIds:
+        r"""The same numbers for a worker's rows as rows of these ids would have: their raw ids, so that first values
+        do not depend on how the graph was cut.
+
+        Args:
+            ids: ``[num_local]`` int64, for each row that this worker keeps.
+        """
+        return OfIds(self, ids)  # type: ignore[arg-type]
+
+    def draw(self, rows: Tensor, ids: Tensor) -> None:
+        raise NotImplementedError
+
+    def fill(self, rows: Tensor, first_id: int) -> None:
+        for start in range(0, len(rows), _CHUNK):
+            some = rows[start : start + _CHUNK]
+            self.draw(some, torch.arange(first_id + start, first_id + start + len(some)))
+
+
 @dataclass(frozen=True)
-class Uniform:
+class OfIds:
+    r"""First values of rows that go by other ids; see ``Normal(...).of(ids)``."""
+
+    init: _Drawn
+    ids: Tensor
+
+    def fill(self, rows: Tensor, first_id: int) -> None:
+        if self.ids.dtype != torch.int64 or self.ids.shape != rows.shape[:1]:
+            raise RouteError(
+                f"init_func: expected int64 ids of the {len(rows)} rows here, found {self.ids.dtype} of shape {tuple(self.ids.shape)}"
+            )
+        self.init.draw(rows, self.ids)
+
+
+@dataclass(frozen=True)
+class Uniform(_Drawn):
     r"""Uniform in ``[low, high)``; draws have 53 bits and are rounded to the dtype."""
 
     low: float = 0.0
     high: float = 1.0
     seed: int = 0
 
-    def fill(self, rows: Tensor, first_id: int) -> None:
-        _fill(fill_uniform, rows, first_id, self.seed, self.low, self.high)
+    def draw(self, rows: Tensor, ids: Tensor) -> None:
+        _draw(fill_uniform, rows, ids, self.seed, self.low, self.high)
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(_Drawn):
     r"""Normal with :obj:`mean` and standard deviation :obj:`std`."""
 
     mean: float = 0.0
     std: float = 1.0
     seed: int = 0
 
-    def fill(self, rows: Tensor, first_id: int) -> None:
-        _fill(fill_normal, rows, first_id, self.seed, self.mean, self.std)
+    def draw(self, rows: Tensor, ids: Tensor) -> None:
+        _draw(fill_normal, rows, ids, self.seed, self.mean, self.std)
 
 
 def xavier_uniform(num_rows: int, num_columns: int, gain: float = 1.0, seed: int = 0) -> Uniform:
@@ -94,13 +132,11 @@ def initialise(rows: Tensor, first_id: int, init_func: InitFunc | None, seed: in
         rows.copy_(made)
 
 
-def _fill(fill: Callable[..., None], rows: Tensor, first_id: int, seed: int, a: float, b: float) -> None:
+def _draw(fill: Callable[..., None], rows: Tensor, ids: Tensor, seed: int, a: float, b: float) -> None:
     if not rows.dtype.is_floating_point:
         raise RouteError(f"init_func: expected a floating dtype for random rows, found {rows.dtype}")
     flat, key = rows.view(rows.size(0), rows.shape[1:].numel()), np.uint64(counter.key(seed, 0, 0))
-    if rows.dtype in (torch.float32, torch.float64):
-        fill(flat.numpy(), first_id, key, a, b)
-        return
-    wide = torch.empty(flat.shape, dtype=torch.float32)
-    fill(wide.numpy(), first_id, key, a, b)
-    flat.copy_(wide)
+    wide = flat if rows.dtype in (torch.float32, torch.float64) else torch.empty(flat.shape, dtype=torch.float32)
+    fill(wide.numpy(), ids.contiguous().numpy(), key, a, b)
+    if wide is not flat:
+        flat.copy_(wide)
