@@ -18,6 +18,7 @@ __all__ = [
     "DistributedGIN",
     "DistributedGINE",
     "GraphSAGE",
+    "RecurrentGCN",
     "SimpleConv",
     "SimpleNet",
 ]

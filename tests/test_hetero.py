@@ -325,7 +325,7 @@ def count(worker: Worker, root: Path) -> list[tuple[int, int, int, int]]:
     for types in (["a"], ["a", "b"], list(x)):
         meter.reset()
         route.apply({t: x[t] for t in types})
-        foretold = sum(route.bytes_per_peer({t: 8 for t in types}, torch.float64))
+        foretold = sum(route.bytes_per_peer(dict.fromkeys(types, 8), torch.float64))
         found.append((meter.calls, meter.messages, meter.bytes_sent, foretold))
     for model in build(load("generated"), ours=True).values():
         meter.reset()

@@ -3,10 +3,7 @@ r"""Temporal graphs: windows of time, their shares and routes, and a recurrent n
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from partpar.partition.manifest import read_manifest
 from partpar.training.pairs import make_pairs
 
 STEPS, FEATURES, HIDDEN, WINDOWS = 20, 6, 5, 5
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_snapshots.py"
 
 
 @functools.cache
@@ -53,7 +49,7 @@ def windows(data: Data) -> list[Tensor]:
     if not data.t.is_floating_point():
         bounds = [float(-(-b // 1)) for b in bounds]
     bounds[-1] = float("inf")
-    return [((data.t >= a) & (data.t < b)).nonzero().flatten() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [((data.t >= a) & (data.t < b)).nonzero().flatten() for a, b in itertools.pairwise(bounds)]
 
 
 def features(raw_ids: Tensor, window: int) -> Tensor:
@@ -267,24 +263,3 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         GraphData.load_partition(tmp_path, 0, 1).snapshots()
     whole.partition_graph(tmp_path, 1, time_attr="t", num_snapshots=2, overwrite=True)
     assert [s.index for s in GraphData.load_partition(tmp_path, 0, 1).snapshots()] == [0, 1]
-
-
-def run_example(folder: Path, workers: int | None, *words: str) -> list[dict[str, float]]:
-    launcher = (
-        []
-        if workers is None
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    )
-    command = [sys.executable, *launcher, str(EXAMPLE), "--dtype", "float64", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-@pytest.mark.soak
-def test_the_example_is_the_same_on_two_workers(tmp_path: Path) -> None:
-    words = ("--npz", str(npz_path("bitcoin_otc")), "--epochs", "6")
-    alone, two = (run_example(tmp_path, workers, *words) for workers in (None, 2))
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in alone], rel=1e-8)
-    assert alone[-1]["loss"] < alone[0]["loss"] and alone[-1]["auc"] > 0.6

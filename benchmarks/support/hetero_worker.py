@@ -56,18 +56,22 @@ class RoutedRGCN(torch.nn.Module):
         return self.head(self.second(hidden, edges, route)[TARGET])
 
 
-def load(folder: str) -> HeteroData:
-    r"""The generated graph."""
-    path = Path(folder, "graph")
-    data = to_pyg({file.stem: np.load(file) for file in sorted(path.glob("*.npy"))})
-    assert isinstance(data, HeteroData)
+def load(case: dict[str, Any]) -> HeteroData:
+    r"""The generated graph, its relations in the order that numbers them."""
+    path = Path(case["folder"], "graph")
+    stored = to_pyg({file.stem: np.load(file) for file in path.glob("*.npy")})
+    data = HeteroData()
+    for t in stored.node_types:
+        data[t].update(stored[t])
+    for edge_type in case["edge_types"]:
+        data[edge_type].edge_index = stored[edge_type].edge_index
     return data
 
 
 def pyg_epoch(case: dict[str, Any]) -> tuple[Callable[[], Tensor], torch.nn.Module, int]:
     r"""An epoch as PyG's user writes it."""
     torch.set_num_threads(case["threads"])
-    data = load(case["folder"])
+    data = load(case)
     y, mask = data[TARGET].y, data[TARGET].train_mask
     first = data.node_types.index(TARGET)
     start = sum(data[t].num_nodes for t in data.node_types[:first])

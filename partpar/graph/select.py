@@ -67,6 +67,7 @@ def mark(mask: Tensor, index: Tensor) -> None:
 
 
 def sources_of(piece: Tensor | CSC) -> Tensor:
+    r"""``[E]``, the source of each edge."""
     return piece.indices if isinstance(piece, CSC) else piece[0]
 
 

@@ -1,7 +1,7 @@
 r"""Layers, norms and losses that take a route."""
 
-from partpar.nn.distributed_gin import DistributedGINConv, DistributedGINEConv
 from partpar.nn.ahead import fetch_ahead
+from partpar.nn.distributed_gin import DistributedGINConv, DistributedGINEConv
 from partpar.nn.dropout import Dropout
 from partpar.nn.gat import GATConv, GATv2Conv
 from partpar.nn.gcn import GCNConv

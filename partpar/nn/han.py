@@ -123,7 +123,7 @@ class HANConv(pyg_nn.HANConv):
         group = None if routes is None else routes.group
         sums = {t: torch.tanh(self.k_lin(rows)).sum(1) for t, rows in stacked.items()}  # [relations, C]
         if not sums:
-            return {t: None for t in outs}, {t: None for t in outs}
+            return dict.fromkeys(outs), dict.fromkeys(outs)
         counts = next(iter(sums.values())).new_tensor([rows.size(1) for rows in stacked.values()])
         whole = exchange.all_reduce_sum(torch.cat([*(s.flatten() for s in sums.values()), counts]), group)
         *parts, counts = whole.split([*(s.numel() for s in sums.values()), len(sums)])

@@ -17,8 +17,8 @@ from partpar.nn.gcn import GCNConv
 from partpar.nn.hetero_rows import adjacency, by_type, check_relations, sources
 from partpar.nn.matrix import AdjacencyMatrix
 from partpar.nn.neighbourhood import edge_index_of
-from partpar.nn.rows import owned, takes_route
 from partpar.nn.routed import check_bipartite
+from partpar.nn.rows import owned, takes_route
 from partpar.nn.sage import SAGEConv
 from partpar.route import Route
 

@@ -25,8 +25,8 @@ from partpar.nn.hgt import HGTConv
 from partpar.nn.matrix import AdjacencyMatrix
 from partpar.nn.neighbourhood import edge_index_of
 from partpar.nn.norm import with_global_statistics
-from partpar.nn.rows import check_flow, check_owned_first, is_over_all_rows, owned, takes_route, with_halo
 from partpar.nn.routed import takes_pair
+from partpar.nn.rows import check_flow, check_owned_first, is_over_all_rows, owned, takes_route, with_halo
 from partpar.nn.typed_graph_module import fetch_by_layer, type_called
 from partpar.route import Route
 

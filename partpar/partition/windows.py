@@ -2,6 +2,7 @@ r"""From the arguments of a temporal partition to windows of time."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,7 +50,7 @@ def make_windows(
         )
     if boundaries is not None:
         given = tuple(b.item() if isinstance(b, torch.Tensor) else b for b in boundaries)
-        rising = all(a < b for a, b in zip(given, given[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(given))
         if len(given) < 2 or not all(map(math.isfinite, given)) or not rising:
             raise PartitionError(
                 f"boundaries: expected at least 2 rising finite numbers, found {list(given)}"
@@ -66,7 +67,7 @@ def make_windows(
         bounds = [first + -(-(last - first) * k // num_snapshots) for k in range(num_snapshots + 1)]
     else:
         bounds = [first + (last - first) * k / num_snapshots for k in range(num_snapshots)] + [last]
-    if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)) and num_snapshots > 1:
+    if any(a >= b for a, b in itertools.pairwise(bounds)) and num_snapshots > 1:
         raise PartitionError(
             f"num_snapshots: expected windows that are not empty spans, found {num_snapshots} over the times {first} to "
             f"{last}; ask for fewer"

@@ -1,0 +1,179 @@
+r"""Mistakes put in on purpose into typed and temporal training, each of which the comparison with one process must notice;
+listed in ``MUTANTS.rst``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_snapshots
+import torch
+from gang import Gang, Worker
+from test_hetero import Runs, cut, errors, reference, worker_case
+from torch import Tensor
+
+from partpar import GraphData, HeteroRoute, hetero_route
+from partpar.graph import Windows
+from partpar.nn import ahead, han, hgt, rgcn, typed_graph_module
+
+assert cut  # the fixture
+route_model_file = sys.modules["partpar.nn.route_model"]  # whose name in the package is that of the function
+Patch = pytest.MonkeyPatch
+
+
+def _of_halo(patch: Patch, change: Callable[[str, Tensor], Tensor]) -> None:
+    wait = hetero_route.HeteroInFlight.wait_halo
+    patch.setattr(
+        hetero_route.HeteroInFlight, "wait_halo", lambda self: {t: change(t, r) for t, r in wait(self).items()}
+    )
+
+
+def lose_the_last_type(patch: Patch) -> None:
+    _of_halo(patch, lambda node_type, rows: rows * (node_type != "d"))
+
+
+def swap_rows_of_a_type(patch: Patch) -> None:
+    _of_halo(patch, lambda node_type, rows: rows.flip(0) if node_type == "b" else rows)
+
+
+def keep_gradients_of_a_type(patch: Patch) -> None:
+    _of_halo(patch, lambda node_type, rows: rows.detach() if node_type == "b" else rows)
+
+
+def weigh_relations_locally(patch: Patch) -> None:
+    patch.setattr(han, "exchange", SimpleNamespace(all_reduce_sum=lambda x, group: x))
+
+
+def weigh_relations_by_local_gradients(patch: Patch) -> None:
+    reduce = han.exchange.all_reduce_sum
+    patch.setattr(
+        han, "exchange", SimpleNamespace(all_reduce_sum=lambda x, group: x + (reduce(x, group) - x).detach())
+    )
+
+
+def one_prior_for_all_relations(patch: Patch) -> None:
+    join = hgt.join
+    patch.setattr(hgt, "join", lambda pieces: (join(pieces)[0], join(pieces)[1] * 0))
+
+
+def one_map_for_all_relations(patch: Patch) -> None:
+    add = rgcn.RGCNConv._add
+
+    def mutant(self: Any, out: Tensor, adj: Any, given: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        return add(self, out, adj, given, rows, self.weight[0])
+
+    patch.setattr(rgcn.RGCNConv, "_add", mutant)
+
+
+def statistics_of_one_worker(patch: Patch) -> None:
+    patch.setattr(route_model_file, "_GiveRoute", lambda **_: lambda module, args, kwargs: (args, kwargs))
+
+
+def exchange_for_the_first_relation_only(patch: Patch) -> None:
+    fetch = typed_graph_module._fetch
+
+    def mutant(inputs: dict[str, Any], route: HeteroRoute | None) -> dict[str, Any]:
+        out, first = fetch(inputs, route), next(iter(inputs))
+        return {
+            name: pair if name == first else (torch.cat([pair[0][:1] * 0 + pair[0].mean(), pair[0][1:]]), pair[1])
+            for name, pair in out.items()
+        }
+
+    patch.setattr(typed_graph_module, "_fetch", mutant)
+
+
+MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
+    (lose_the_last_type, "rgcn"),
+    (swap_rows_of_a_type, "sage"),
+    (keep_gradients_of_a_type, "mixed"),
+    (weigh_relations_locally, "han"),
+    (weigh_relations_by_local_gradients, "han"),
+    (one_prior_for_all_relations, "hgt"),
+    (one_map_for_all_relations, "rgcn"),
+    (statistics_of_one_worker, "to_hetero"),
+    (exchange_for_the_first_relation_only, "to_hetero"),
+]
+
+
+def mutated(
+    worker: Worker, root: Path, name: str, mutate: Callable[[Patch], None] | None
+) -> Runs:
+    with Patch.context() as patch:
+        if mutate is not None:
+            mutate(patch)
+        return worker_case(worker, root, "generated", "random", "adj", 3, (name,))
+
+
+@pytest.mark.parametrize(("mutate", "name"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS])
+def test_mutant_is_noticed(gang: Gang, cut: Any, mutate: Callable[[Patch], None], name: str) -> None:
+    root, expected = cut("generated", "random", 3), reference("generated", 3, (name,))
+    found = gang.run(mutated, 3, root, name, mutate)
+    assert max(max(errors(runs, expected).values()) for runs in found) > 1e-6
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in MUTANTS}))
+def test_without_a_mutant_all_agree(gang: Gang, cut: Any, name: str) -> None:
+    root, expected = cut("generated", "random", 3), reference("generated", 3, (name,))
+    found = gang.run(mutated, 3, root, name, None)
+    assert max(max(errors(runs, expected).values()) for runs in found) < 1e-10
+
+
+# --- over time -----------------------------------------------------------------------------------------------------
+
+
+def rows_of_the_first_snapshot(patch: Patch) -> None:
+    begin = ahead.fetch_ahead
+    patch.setattr(
+        test_snapshots, "fetch_ahead", lambda snapshots, rows_of: begin(snapshots, lambda s: rows_of(snapshots[0]))
+    )
+
+
+def forget_the_state(patch: Patch) -> None:
+    forward = torch.nn.GRUCell.forward
+    patch.setattr(torch.nn.GRUCell, "forward", lambda self, x, state=None: forward(self, x))
+
+
+def edges_of_all_windows(patch: Patch) -> None:
+    patch.setattr(Windows, "mask", lambda self, window, time: time >= self.boundaries[window])
+
+
+def pairs_of_one_worker(patch: Patch) -> None:
+    make = test_snapshots.make_pairs
+
+    def mutant(snapshot: Any, num_nodes: int, *args: Any) -> Any:
+        return make(snapshot, num_nodes // 2, *args)
+
+    patch.setattr(test_snapshots, "make_pairs", mutant)
+
+
+OVER_TIME = [rows_of_the_first_snapshot, forget_the_state, edges_of_all_windows, pairs_of_one_worker]
+
+
+def mutated_in_time(
+    worker: Worker, root: Path, state: dict[str, Tensor], mutate: Callable[[Patch], None] | None
+) -> Runs:
+    with Patch.context() as patch:
+        if mutate is not None:
+            mutate(patch)
+        return test_snapshots.worker_case(worker, root, "random", state, 2)[0]
+
+
+@pytest.mark.parametrize("mutate", [None, *OVER_TIME], ids=lambda mutate: getattr(mutate, "__name__", "none"))
+def test_mutant_over_time_is_noticed(gang: Gang, tmp_path: Path, mutate: Any) -> None:
+    whole = GraphData.from_pyg_data(test_snapshots.temporal("generated"))
+    whole.partition_graph(tmp_path, 2, algorithm="random", time_attr="t", num_snapshots=test_snapshots.WINDOWS)
+    state, expected = test_snapshots.reference("generated", 2)
+    worst = max(
+        max(errors(runs, expected).values()) for runs in gang.run(mutated_in_time, 2, tmp_path, state, mutate)
+    )
+    assert worst < 1e-10 if mutate is None else worst > 1e-6
+
+
+def test_all_are_listed() -> None:
+    listed = Path(__file__).with_name("MUTANTS.rst").read_text()
+    names = [mutate.__name__ for mutate, _ in MUTANTS] + [mutate.__name__ for mutate in OVER_TIME]
+    assert [name for name in names if f"``{name}``" not in listed] == []
