@@ -6,14 +6,18 @@ r"""Classifies the nodes of a graph that has no features, from rows that are lea
     torchrun --standalone --nproc-per-node 2 examples/node_embedding.py --npz ogbn_arxiv_nofeat.npz --undirected
 
 A node's learned row lives with its owner (:class:`partpar.sharded.DistEmbedding`) and is trained by a sparse optimiser,
-next to Adam for the weights of the model. Every epoch is one step on the whole graph.
+next to Adam for the weights of the model. Every epoch is one step on the whole graph; with ``--batch_size``, a step for
+each batch of sampled neighbourhoods, which updates the rows in the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,7 @@ from tqdm import tqdm
 
 from partpar import GraphData, Route, datasets, training
 from partpar.nn import global_mean
+from partpar.sampling import DistNeighborLoader, blocks
 from partpar.sharded import Normal, SparseAdagrad, SparseAdam, SparseOptimizer, SparseSGD
 
 OPTIMISERS = {"adam": SparseAdam, "adagrad": SparseAdagrad, "sgd": SparseSGD}
@@ -78,9 +83,11 @@ def train(
     )  # fmt: skip
     x, sparse = None, None
     if args.use_dist_embedding:
-        num_nodes = int(share.offsets()[-1])
-        first = Normal(std=args.std, seed=seed).of(nodes["raw_ids"])  # the same for any cut
-        model.set_num_embeddings(num_nodes, part_policy=share, init_func=first)
+        num_nodes, first = int(share.offsets()[-1]), Normal(std=args.std, seed=seed)
+        if args.batch_size:  # batches name nodes by raw id: rows are split evenly by that
+            model.set_num_embeddings(num_nodes, init_func=first)
+        else:  # rows live with their nodes; first values go by raw id, to be the same for any cut
+            model.set_num_embeddings(num_nodes, part_policy=share, init_func=first.of(nodes["raw_ids"]))
         sparse = make_optimiser(args, model, worker.world_size)
     else:
         x = share.adj().degrees.float().log1p().unsqueeze(1)
@@ -88,7 +95,28 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 
     def outputs(module: torch.nn.Module) -> Tensor:
-        return module(x, share.adj(), node_ids=nodes["ids"], route=route)
+        ids = nodes["raw_ids"] if args.batch_size else nodes["ids"]
+        return module(x, share.adj(), node_ids=ids, route=route)
+
+    def step(loss: Tensor) -> float:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if sparse is not None:
+            sparse.step()
+        return loss.item()
+
+    def whole_graph() -> float:
+        losses = F.cross_entropy(outputs(parallel), nodes["y"], reduction="none")
+        return step(global_mean(losses, nodes["train_mask"], route))
+
+    run_epoch: Callable[[], float] = whole_graph
+    if args.batch_size:
+        loader = DistNeighborLoader(
+            share, [args.fanout] * args.num_layers, nodes["train_mask"], batch_size=args.batch_size, shuffle=True,
+            seed=seed, attributes=["y"],
+        )  # fmt: skip
+        run_epoch = partial(sampled, loader, parallel, step)
 
     best: dict[str, float] = {"val": -1.0}
     seconds = []
@@ -96,14 +124,7 @@ def train(
     for epoch in bar:
         start = time.perf_counter()
         model.train()
-        optimizer.zero_grad()
-        loss = global_mean(
-            F.cross_entropy(outputs(parallel), nodes["y"], reduction="none"), nodes["train_mask"], route
-        )
-        loss.backward()
-        optimizer.step()
-        if sparse is not None:
-            sparse.step()
+        loss = run_epoch()
         seconds.append(time.perf_counter() - start)
         model.eval()
         with torch.no_grad():
@@ -111,11 +132,23 @@ def train(
         scores = {
             split: training.measure("accuracy", logits, nodes["y"], nodes[f"{split}_mask"], route) for split in SPLITS
         }
-        log.write(seed=seed, epoch=epoch, loss=loss.item(), **scores)
-        bar.set_postfix(loss=f"{loss.item():.4f}", val=f"{scores['val']:.4f}")
+        log.write(seed=seed, epoch=epoch, loss=loss, **scores)
+        bar.set_postfix(loss=f"{loss:.4f}", val=f"{scores['val']:.4f}")
         if scores["val"] > best["val"]:
             best = {"epoch": float(epoch), **scores}
+    if args.batch_size:
+        loader.close()
     return best, torch.tensor(seconds).median().item()
+
+
+def sampled(loader: DistNeighborLoader, model: torch.nn.Module, step: Callable[[Tensor], float]) -> float:
+    r"""A step for each batch of sampled neighbourhoods; every worker makes as many. The mean of this worker's losses."""
+
+    def loss_of(batch: Any) -> Tensor:
+        out = model(None, blocks(batch), node_ids=batch.n_id)
+        return F.cross_entropy(out, batch.y[: batch.batch_size])
+
+    return torch.tensor([step(loss_of(batch)) for batch in loader]).mean().item()
 
 
 def make_optimiser(args: argparse.Namespace, model: DistributedGIN, world_size: int) -> SparseOptimizer:
@@ -159,14 +192,21 @@ def parse() -> argparse.Namespace:
     model.add_argument("--num_layers", type=int, default=2, help="number of layers")
     model.add_argument("--dropout", type=float, default=0.5, help="of hidden rows")
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=int, default=50, help="steps on the whole graph")
+    train.add_argument("--epochs", type=int, default=50, help="how many")
+    train.add_argument(
+        "--batch_size", type=int, default=0, help="seeds of a batch on each worker; 0 trains on the whole graph"
+    )
+    train.add_argument("--fanout", type=int, default=10, help="neighbours to draw in each hop of a batch")
     train.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
     train.add_argument("--optimiser", choices=OPTIMISERS, default="adam", help="of the learned rows")
     train.add_argument("--embedding_lr", type=float, help="its learning rate (default: --lr)")
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="of first values, weights and dropout")
     train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch_size and not args.use_dist_embedding:
+        parser.error("--batch_size trains learned rows: leave --no-use_dist_embedding out")
+    return args
 
 
 if __name__ == "__main__":

@@ -195,6 +195,8 @@ def test_persistent_rows_stay_under_their_name(gang: Gang) -> None:
 
 def trace(worker: Worker) -> list[int]:
     table = DistEmbedding(10, 2, "e")
+    table(torch.arange(10)).sum().backward()  # no optimiser would ever take this
+    assert not table.noted
     optimiser, told = SparseSGD([table]), []
     for _ in range(5):
         table(torch.arange(10))  # nobody asks for gradients of these

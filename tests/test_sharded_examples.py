@@ -53,6 +53,14 @@ def test_nodes_are_classified_alike_by_any_number_of_workers(tmp_path: Path, wor
 
 
 @pytest.mark.soak
+def test_rows_are_trained_on_sampled_batches(tmp_path: Path) -> None:
+    npz = npz_path("pubmed_nofeat")
+    words = ["--npz", npz, "--epochs", 3, "--batch_size", 16, "--hidden_channels", 8, "--embedding_dim", 8]
+    found = run(tmp_path, "node_embedding", 2, *words)
+    assert found[2]["loss"] < found[0]["loss"]
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(2000)
 def test_gin_learns_mutag(tmp_path: Path) -> None:
     r"""Xu et al. (ICLR 2019) report 89.4 % for GIN-0 by this protocol."""

@@ -77,7 +77,7 @@ def keep_the_trace(patch: Patch) -> None:
     r"""Gradients are noted twice, as if the step before had not taken them."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.noted.extend([(ctx.ids, grad)] * 2)
+        ctx.table.noted.extend([(ctx.ids, grad)] * 2)
         return None, None, None, None
 
     patch.setattr(embedding._Noted, "backward", staticmethod(backward))

@@ -29,7 +29,7 @@ class DistEmbedding(torch.nn.Module):
         optimizer.step()
 
     It has no parameter: the rows are no worker's whole, and :class:`~torch.nn.parallel.DistributedDataParallel` leaves
-    them alone. A backward pass notes the gradients of the rows that were looked up, and the next
+    them alone. Once an optimiser has the table, a backward pass notes the gradients of the rows that were looked up, and the next
     :meth:`SparseOptimizer.step <partpar.sharded.SparseOptimizer.step>` takes them all to their owners; nothing is noted
     of what no backward pass reaches, and :meth:`zero_grad` forgets. Saving and loading work through the module's
     ``state_dict`` by :mod:`torch.distributed.checkpoint`.
@@ -66,6 +66,7 @@ class DistEmbedding(torch.nn.Module):
             raise RouteError(f"DistEmbedding: expected dtype float32 or float64, found {dtype}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight = DistTensor((num_embeddings, embedding_dim), dtype, name, init_func, part_policy, group=group)
+        self.learns = False  # whether an optimiser takes what is noted
         self.noted: list[tuple[Tensor, Tensor]] = []  # ids and gradient of each backward pass since the last step
 
     @property
@@ -135,7 +136,7 @@ def lookup(ids_of: Mapping[DistEmbedding, Tensor]) -> dict[DistEmbedding, Tensor
             given = ids_of[table]
             rows = rows.to(given.device) if isinstance(given, Tensor) else rows
             if torch.is_grad_enabled():
-                rows = _Noted.apply(torch.empty(0, requires_grad=True), [rows], ids, table.noted)
+                rows = _Noted.apply(torch.empty(0, requires_grad=True), [rows], ids, table)
             found[table] = rows
     return found
 
@@ -144,11 +145,12 @@ class _Noted(torch.autograd.Function):
     """Rows that came from a table; their gradient is noted there."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: list[Tensor], ids: Tensor, noted: list[Any]) -> Tensor:
-        ctx.ids, ctx.noted = ids, noted
+    def forward(ctx: Any, anchor: Tensor, rows: list[Tensor], ids: Tensor, table: DistEmbedding) -> Tensor:
+        ctx.ids, ctx.table = ids, table
         return rows.pop()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.noted.append((ctx.ids, grad.detach()))
+        if ctx.table.learns:
+            ctx.table.noted.append((ctx.ids, grad.detach()))
         return None, None, None, None

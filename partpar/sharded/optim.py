@@ -59,6 +59,8 @@ class SparseOptimizer:
             | {key: torch.zeros_like(table.weight.local_rows) for key in self._state_names}
             for table in self.params
         ]
+        for table in self.params:
+            table.learns = True
         self._gradients = [Gradients(table.weight.shard) for table in self.params]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

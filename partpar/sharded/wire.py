@@ -2,6 +2,7 @@ r"""How rows lie in the buffers that are exchanged: for each rank, for each tens
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,22 +18,25 @@ _ALIGN = 8  # bytes; rows of every dtype may begin at a multiple of it
 _MOST_BUFFERS = 8
 
 _free: list[Tensor] = []
+_lock = threading.Lock()  # tensors of different groups may be used from different threads
 
 
 def take(num_bytes: int) -> Tensor:
     """uint8 ``[num_bytes]``, of memory that was used before where there is some: fresh pages halve gloo's speed."""
-    for i, buffer in enumerate(_free):
-        if buffer.numel() >= num_bytes:
-            return _free.pop(i)[:num_bytes]
+    with _lock:
+        for i, buffer in enumerate(_free):
+            if buffer.numel() >= num_bytes:
+                return _free.pop(i)[:num_bytes]
     return torch.empty(max(num_bytes + num_bytes // 4, 1 << 16), dtype=torch.uint8)[:num_bytes]
 
 
 def give(buffer: Tensor) -> None:
     r"""Takes a buffer back."""
-    whole = buffer.untyped_storage().nbytes()
-    _free.append(torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage(), 0, (whole,)))  # type: ignore[call-overload]
-    if len(_free) > _MOST_BUFFERS:
-        _free.pop(0)
+    storage = buffer.untyped_storage()
+    with _lock:
+        _free.append(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)))  # type: ignore[call-overload]
+        if len(_free) > _MOST_BUFFERS:
+            _free.pop(0)
 
 
 _count_up = np.arange(1 << 14)
