@@ -80,7 +80,7 @@ def train(
         args.embedding_dim if args.use_dist_embedding else 1, args.hidden_channels, num_classes, args.num_layers,
         norm="batch_norm", dropout=args.dropout, seed=seed, use_dist_embedding=args.use_dist_embedding,
         use_dist_tensor=args.use_dist_tensor,
-    )  # fmt: skip
+    ).to(args.dtype)  # fmt: skip
     x, sparse = None, None
     if args.use_dist_embedding:
         num_nodes, first = int(share.offsets()[-1]), Normal(std=args.std, seed=seed)
@@ -90,7 +90,7 @@ def train(
             model.set_num_embeddings(num_nodes, part_policy=share, init_func=first.of(nodes["raw_ids"]))
         sparse = make_optimiser(args, model, worker.world_size)
     else:
-        x = share.adj().degrees.float().log1p().unsqueeze(1)
+        x = share.adj().degrees.to(args.dtype).log1p().unsqueeze(1)
     parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 
@@ -200,12 +200,17 @@ def parse() -> argparse.Namespace:
     train.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
     train.add_argument("--optimiser", choices=OPTIMISERS, default="adam", help="of the learned rows")
     train.add_argument("--embedding_lr", type=float, help="its learning rate (default: --lr)")
+    train.add_argument(
+        "--dtype", choices=["float32", "float64"], default="float32",
+        help="of rows and weights; in float64 any number of workers ends with the same accuracy",
+    )  # fmt: skip
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="of first values, weights and dropout")
     train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     args = parser.parse_args()
     if args.batch_size and not args.use_dist_embedding:
         parser.error("--batch_size trains learned rows: leave --no-use_dist_embedding out")
+    args.dtype = getattr(torch, args.dtype)
     return args
 
 

@@ -45,10 +45,10 @@ def test_graphs_are_classified_alike_by_any_number_of_workers(tmp_path: Path, wo
 @pytest.mark.parametrize("words", [[], ["--no-use_dist_embedding", "--use_dist_tensor"]])
 def test_nodes_are_classified_alike_by_any_number_of_workers(tmp_path: Path, words: list[str]) -> None:
     npz = npz_path("pubmed_nofeat")
-    small = ["--epochs", 5, "--hidden_channels", 8, "--embedding_dim", 8, "--optimiser", "adagrad"]
+    small = ["--epochs", 5, "--dtype", "float64", "--hidden_channels", 8, "--embedding_dim", 8, "--optimiser", "adagrad"]
     alone, two = (run(tmp_path, "node_embedding", n, "--npz", npz, *small, *words) for n in (None, 2))
     for ours, theirs in zip(two[:-1], alone[:-1], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
     assert two[4]["loss"] < two[0]["loss"]
 
 
@@ -73,7 +73,8 @@ def test_gin_learns_mutag(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(4000)
 def test_two_workers_learn_arxiv_as_one_does(tmp_path: Path) -> None:
-    words = ["--npz", npz_path("ogbn_arxiv_nofeat"), "--undirected", "--seeds", 0, 1, 2, "--epochs", 40]
+    words = ["--npz", npz_path("ogbn_arxiv_nofeat"), "--undirected", "--seeds", 0, 1, 2, "--epochs", 20]
+    words += ["--dtype", "float64"]  # in float32 what is rounded otherwise has grown to a point by then
     means = {n: run(tmp_path, "node_embedding", n, *words, timeout=1900)[-1]["mean"] for n in (1, 2)}
     print(f"ogbn-arxiv without features, accuracy by workers, mean of 3 seeds: {means}")
     assert means[2] >= means[1] - 0.005
