@@ -6,7 +6,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,6 +23,7 @@ from partpar.serving import agent
 from partpar.serving.joined import gather
 
 _TIMEOUT = 240.0
+_LOOK = 3.0  # seconds between two looks at who is still there
 _lock = threading.Lock()
 _calls: dict[int, RPCCallBase] = {}
 
@@ -114,8 +117,29 @@ def shutdown_rpc(id: str | None = None, graceful: bool = True, timeout: float = 
         graceful: Wait until no rank has a question any more.
         timeout: Seconds to wait at most; not for a rank that has died.
     """
-    if agent.is_running():
-        agent.stop(timeout, wait=graceful)
+    if not agent.is_running():
+        return
+    deadline = time.monotonic() + timeout
+    # An error that nobody caught ends this process; the others are not waited for.
+    graceful = graceful and getattr(sys, "last_value", None) is None
+    while graceful and not agent.part_from_all("agent", _LOOK) and time.monotonic() < deadline:
+        graceful = all(_answers(name) for name in agent.names())
+    agent.stop(_LOOK, wait=graceful)
+
+
+def _answers(name: str) -> bool:
+    """Whether a process is there; one that has ended, or died, is not."""
+    from torch.distributed import rpc
+
+    try:
+        rpc.rpc_sync(name, _here, timeout=_LOOK)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _here() -> None:
+    return None
 
 
 @rpc_require_initialized
