@@ -100,11 +100,11 @@ def typed_graph(seed: int = 0, num_features: int = 8) -> HeteroData:
     sizes = {"a": 40, "b": 30, "c": 25, "d": 7}
     relations = {
         ("a", "ab", "b"): 110,
-        ("b", "bc", "c"): 70,
-        ("c", "cd", "d"): 25,
-        ("d", "da", "a"): 60,
+        ("b", "ba", "a"): 60,
         ("a", "aa", "a"): 90,
-        ("c", "cb", "b"): 0,
+        ("c", "ca", "a"): 70,
+        ("d", "dc", "c"): 45,
+        ("b", "bd", "d"): 0,
     }
     data = HeteroData()
     for name, size in sizes.items():

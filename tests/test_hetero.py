@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
 
-from partpar import GraphData, datasets, nn
+from partpar import GraphData, nn
 from partpar.exchange import meter
 from partpar.nn import global_mean
 
@@ -44,21 +45,26 @@ class Task(NamedTuple):
 def load(graph: str) -> Task:
     if graph == "generated":
         return Task(typed_graph(), "a", 3)
-    data = datasets.from_npz(npz_path("dblp_hetero"))
-    assert isinstance(data, HeteroData)
-    small, draw = HeteroData(), torch.Generator().manual_seed(0)
-    for t in data.node_types:
-        x = data[t].get("x")
-        if x is None:
-            x = torch.randn(data[t].num_nodes, 8, generator=draw, dtype=torch.float64)
-        else:
-            x = F.normalize(x.double(), p=1.0) @ torch.randn(x.size(1), 8, generator=draw, dtype=torch.float64) * 4
-        small[t].x = x
-    small["author"].y, small["author"].train_mask = data["author"].y.long(), data["author"].train_mask.bool()
-    for s, name, d in data.edge_types:
-        small[s, name, d].edge_index = data[s, name, d].edge_index.long()
-        small[d, f"rev_{name}", s].edge_index = data[s, name, d].edge_index.long().flip(0)
-    return Task(small, "author", 4)
+    with np.load(npz_path("dblp_hetero"), allow_pickle=False) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "biuf"}
+    data, draw = HeteroData(), torch.Generator().manual_seed(0)
+    for t in ("author", "conf", "paper", "term"):
+        size = int(arrays[f"num_nodes__{t}"])
+        data[t].x = torch.randn(size, 8, generator=draw, dtype=torch.float64)
+        if f"x__{t}_indptr" in arrays:  # counts of words: their mean in a few random directions
+            indptr, indices, values = (arrays[f"x__{t}_{piece}"] for piece in ("indptr", "indices", "data"))
+            rows = torch.repeat_interleave(torch.arange(size), indptr.diff())
+            directions = torch.randn(int(indices.max()) + 1, 8, generator=draw, dtype=torch.float64)
+            sums = torch.zeros(size, 8, dtype=torch.float64)
+            sums.index_add_(0, rows, directions[indices] * values.unsqueeze(1))
+            data[t].x = sums / indptr.diff().clamp(min=1).unsqueeze(1) * 4
+    data["author"].y, data["author"].train_mask = arrays["y__author"], arrays["train_mask__author"]
+    for name, edges in arrays.items():
+        if name.startswith("edge_index__"):
+            source, relation, destination = name.split("__")[1:]
+            data[source, relation, destination].edge_index = edges
+            data[destination, f"rev_{relation}", source].edge_index = edges.flip(0)
+    return Task(data, "author", 4)
 
 
 class Layers(torch.nn.Module):

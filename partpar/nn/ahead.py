@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from partpar.errors import RouteError
 from partpar.graph import Snapshot
 from partpar.nn.source_rows import SourceRows
+from partpar.route import Route
 
 
 def fetch_ahead(
@@ -29,18 +31,29 @@ def fetch_ahead(
 
     Yields:
         Each snapshot with its rows, whose halo is there.
+
+    Raises:
+        RouteError: The graph has several node types.
     """
 
+    def route_of(snapshot: Snapshot) -> Route:
+        if not isinstance(snapshot.route, Route):
+            raise RouteError(
+                "fetch_ahead: expected snapshots of a graph of one type, found several types; begin the next one's exchange "
+                "by snapshot.route.apply_begin({type: x})"
+            )
+        return snapshot.route
+
     def begin(snapshot: Snapshot) -> tuple[Tensor, Callable[[], Tensor]]:
-        rows = rows_of(snapshot)
         with torch.no_grad():
-            return rows, snapshot.route.apply_begin(rows).wait
+            rows = rows_of(snapshot)
+            return rows, route_of(snapshot).apply_begin(rows).wait
 
     coming = begin(snapshots[0]) if snapshots else None
     for number, snapshot in enumerate(snapshots):
         assert coming is not None
         rows, wait = coming
         coming = begin(snapshots[number + 1]) if number + 1 < len(snapshots) else None
-        x = SourceRows(rows, snapshot.route)
+        x = SourceRows(rows, route_of(snapshot))
         x.keep("rows", wait)
         yield snapshot, x

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partpar import exchange
+from partpar.hetero_route import HeteroRoute
 from partpar.route import Route
 
 
 def global_mean(
     loss_per_row: Tensor,
     mask: Tensor | None = None,
-    route: Route | None = None,
+    route: Route | HeteroRoute | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Averages over all rows of all ranks, so that uneven parts weigh right (collective).

@@ -10,6 +10,7 @@ import torch_geometric.nn as pyg_nn
 from torch import Tensor
 
 from partpar import exchange
+from partpar.hetero_route import HeteroRoute
 from partpar.nn import rows
 from partpar.nn.recompute import recomputing
 from partpar.route import Route
@@ -30,7 +31,7 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
         - **outputs:** :math:`(N_{owned}, F)`
     """
 
-    def forward(self, input: Tensor, route: Route | None = None) -> Tensor:
+    def forward(self, input: Tensor, route: Route | HeteroRoute | None = None) -> Tensor:
         r"""Normalises owned rows (collective in training mode).
 
         Args:
@@ -90,7 +91,7 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
         self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
 
 
-def _gather(own: Tensor, route: Route) -> Tensor:
+def _gather(own: Tensor, route: Route | HeteroRoute) -> Tensor:
     """``[ranks, *]``, the tensors of all ranks; one small reduction."""
     slots = own.new_zeros((route.world_size, *own.shape))
     slots = slots.index_copy(0, torch.tensor([route.rank], device=own.device), own.unsqueeze(0))
@@ -118,7 +119,7 @@ class BatchNorm(pyg_nn.BatchNorm):
         )
         self.module = SyncBatchNorm(in_channels, eps, momentum, affine, track_running_stats, device=device)
 
-    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+    def forward(self, x: Tensor, route: Route | HeteroRoute | None = None) -> Tensor:
         r"""Normalises owned rows; see :meth:`SyncBatchNorm.forward`."""
         if self.allow_single_element and self.training:
             count = torch.tensor(x.size(0), device=x.device)

@@ -63,6 +63,7 @@ def make_windows(
     if not filled:
         raise PartitionError(f"time_attr {time_attr!r}: expected edges to divide by time, found none")
     first, last = min(t.min().item() for t in filled), max(t.max().item() for t in filled)
+    bounds: list[float]
     if isinstance(first, int) and isinstance(last, int):  # whole numbers stay exact
         bounds = [first + -(-(last - first) * k // num_snapshots) for k in range(num_snapshots + 1)]
     else:
