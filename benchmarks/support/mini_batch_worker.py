@@ -28,15 +28,26 @@ def memory(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
+def mapped(suffix: str) -> float:
+    r"""MiB of pages of mapped files of a kind that are in this process's memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(":")[0].isalpha() and "-" in line.split()[0]:
+            inside = line.endswith(suffix)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total / 1024
+
+
 def calibrate() -> dict[str, float]:
     r"""How fast the machine is right now: a matrix product in GFLOP/s, and a gather of rows in million rows/s."""
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 512, 512, generator=draw)
-    table = torch.randn(200_000, 100, generator=draw)
-    rows = torch.randint(200_000, (100_000,), generator=draw)
+    table = torch.randn(50_000, 100, generator=draw)
+    rows = torch.randint(50_000, (25_000,), generator=draw)
     product = fastest(lambda: a @ b)
     gather = fastest(lambda: table.index_select(0, rows))
-    return {"gflops": 2 * 512**3 / product / 1e9, "million_rows_per_s": 0.1 / gather}
+    return {"gflops": 2 * 512**3 / product / 1e9, "million_rows_per_s": 0.025 / gather}
 
 
 def fastest(work: Callable[[], Any], times: int = 7) -> float:
@@ -133,7 +144,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         out[name] = epochs(case["epochs"], case["warm"], measures[name], together)
         out[f"{name}_bytes"] = traffic.bytes / (case["epochs"] + case["warm"])
     out["calibration"] = [calibration, calibrate()]
-    out["peak_mib"], out["mapped_mib"] = memory("VmHWM"), memory("RssFile")
+    out["peak_mib"], out["mapped_mib"] = memory("VmHWM"), mapped(".safetensors")
     out["cache"] = {"/".join(key): row for key, row in loader.service.cache_report().items()}
     loader.close()
     worker.close()

@@ -14,7 +14,16 @@ from torch_geometric.utils import add_remaining_self_loops, scatter
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.neighbour_sum import Edges
 from partpar.nn.neighbourhood import edge_index_of, kept, sum_neighbours, with_self_loops
-from partpar.nn.rows import Rows, check_edges, check_flow, check_owned_first, of_block, owned, through, with_halo
+from partpar.nn.rows import (
+    Rows,
+    check_edges,
+    check_flow,
+    check_owned_first,
+    of_block,
+    owned,
+    through,
+    with_halo,
+)
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 

@@ -99,7 +99,9 @@ class SAGEConv(pyg_nn.SAGEConv):
             return self.lin_l(x.keep((kind, id(adj)), lambda: mean(sum_neighbours(adj, x.owned, route))))
         of_sources = isinstance(x, SourceRows | tuple)
         rows = self._project(with_halo(x, None) if isinstance(x, SourceRows | tuple) else x)
-        map_first = self.out_channels < width
+        # A map of many sources of a block, for few destinations, costs more than the sum of wider rows.
+        many = isinstance(x, tuple) and adj.num_src > 2 * adj.num_dst
+        map_first = self.out_channels < width and not many
         rows = F.linear(rows, self.lin_l.weight) if map_first else rows
         out = mean(Edges(adj).sum(rows) if of_sources else sum_neighbours(adj, rows, route))
         if not map_first:

@@ -15,6 +15,8 @@ from torch_geometric.data import Data, HeteroData
 from partpar.errors import SamplingError
 from partpar.graph import CSC, EdgeType, Frame, GraphData
 from partpar.kernels.csr import compress
+from partpar.serving.feature_store import LocalFeatureStore
+from partpar.serving.handmade import share_of
 from partpar.serving.service import Service
 from partpar.serving.start import start_service
 
@@ -49,6 +51,8 @@ class Source:
             return
         if isinstance(data, (Data, HeteroData)):
             data = GraphData.from_pyg_data(data)
+        elif isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], LocalFeatureStore):
+            data = share_of(data[0], data[1])
         if not isinstance(data, GraphData):
             raise SamplingError(
                 f"data: expected a share, a service, PyG's Data or HeteroData, or a pair of stores, found {type(data).__name__}"
