@@ -19,7 +19,7 @@ from torch import Tensor
 from partpar.errors import GraphError, PartitionError, PartitionExistsError, PartitionFileError
 from partpar.graph import EdgeType, GraphData, Windows
 from partpar.graph.validate import validate_structure
-from partpar.partition import registry
+from partpar.partition import phases, registry
 from partpar.partition.cut import cut_share, plan_cut
 from partpar.partition.digest import file_digest, run_id
 from partpar.partition.layout import FORMAT_VERSION, MANIFEST, META, RESERVED, partition_folder, share_file
@@ -55,6 +55,7 @@ def partition_graph(
         raise PartitionError(f"num_parts: expected a number of at least 1, found {num_parts!r}")
     if graph.part is not None or any(graph.num_halo(t) for t in graph.node_types):
         raise PartitionError("partition_graph: expected a whole graph, found a share")
+    phases.enter("check the graph")
     _check_names(graph)
     validate_structure(graph)
     weights = [node_weight] if isinstance(node_weight, str) else list(node_weight or [])
@@ -70,6 +71,7 @@ def partition_graph(
         else edge_weight,
         "options": options,
     }
+    phases.enter("compute its digest")
     windows = make_windows(graph, time_attr, num_snapshots, boundaries)
     if windows is not None:
         arguments["windows"] = asdict(windows)
@@ -84,6 +86,7 @@ def partition_graph(
         registry.check_options(algorithm, special)
     if _stands(folder, digest, arguments, overwrite):
         return folder
+    phases.enter("assign nodes to parts")
     assignment = _assign(graph, problem, algorithm, special)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +98,7 @@ def partition_graph(
             for name, w in problem.node_weights.items()
         }
         _write_all(graph, scratch, _by_type(graph, assignment), constraints, digest, arguments, windows)
+        phases.enter("publish")
         _publish(scratch, folder, digest, arguments, overwrite)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -188,6 +192,7 @@ def _write_all(
     cut = plan_cut(graph, assignment, num_parts)
     shares, counts = [], []
     for part_id in range(num_parts):
+        phases.enter("write shares", part_id, num_parts)
         tensors, count = cut_share(graph, cut, part_id)
         shares.append(_write_tensors(scratch / share_file(part_id), tensors, digest))
         counts.append(count)
