@@ -49,7 +49,7 @@ class _Drawn:
         Args:
             ids: ``[num_local]`` int64, for each row that this worker keeps.
         """
-        return OfIds(self, ids)  # type: ignore[arg-type]
+        return OfIds(self, ids)
 
     def draw(self, rows: Tensor, ids: Tensor) -> None:
         raise NotImplementedError
