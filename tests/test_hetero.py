@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
 
-from partpar import GraphData, nn
+from partpar import GraphData, HeteroRoute, nn
 from partpar.exchange import meter
 from partpar.nn import global_mean
 
@@ -349,3 +349,28 @@ def test_an_exchange_is_one_message_to_each_peer(gang: Gang, cut: Any, num_parts
             assert sent == foretold > 0
         for calls, messages, *_ in found[3:]:  # two layers, forwards and backwards
             assert calls == 4 and messages == calls * (num_parts - 1)
+
+
+def one_type_case(worker: Worker, root: Path) -> tuple[Tensor, Tensor]:
+    share = GraphData.load_partition(root, worker.rank, worker.world_size, "random")
+    torch.manual_seed(0)
+    conv = nn.RGCNConv(8, 4, share.edge_types).double()
+    x, route = share.collect("x"), share.to_route(worker.group)
+    assert not isinstance(route, HeteroRoute)
+    return share.node()["raw_ids"], conv(x, share.adj_dict(), route)["v"].detach()
+
+
+def test_several_relations_of_one_type(gang: Gang, tmp_path: Path) -> None:
+    r"""Then ``share.to_route()`` is the route of that type, and the layers take it."""
+    draw, data = torch.Generator().manual_seed(0), HeteroData()
+    data["v"].x = torch.randn(30, 8, generator=draw, dtype=torch.float64)
+    for name in ("r", "s"):
+        data["v", name, "v"].edge_index = torch.randint(30, (2, 90), generator=draw)
+    GraphData.from_pyg_data(data).partition_graph(tmp_path, 3, algorithm="random")
+    torch.manual_seed(0)
+    plain = Joined(pyg.RGCNConv(8, 4, 2).double())
+    torch.manual_seed(0)
+    plain.conv.load_state_dict(nn.RGCNConv(8, 4, data.edge_types).double().state_dict())
+    expected = plain(data.collect("x"), data.collect("edge_index"))["v"]
+    for raw_ids, out in gang.run(one_type_case, 3, tmp_path):
+        torch.testing.assert_close(out, expected[raw_ids], rtol=1e-10, atol=1e-10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from partpar.route import Route
 
 HeteroRows: TypeAlias = Mapping[str, Tensor | SourceRows]
 HeteroEdges: TypeAlias = Mapping[EdgeType, Tensor | Adjacency]
-
-_alone: WeakKeyDictionary[Route, HeteroRoute] = WeakKeyDictionary()
 
 
 def keep_halos(x: Mapping[str, Tensor], route: HeteroRoute | None = None) -> dict[str, SourceRows]:
@@ -58,9 +55,7 @@ def by_type(route: HeteroRoute | Route | None, x: HeteroRows) -> HeteroRoute | N
         raise RouteError(
             f"expected the route of all node types ({', '.join(x)}), share.to_route(), found that of one type"
         )
-    if route not in _alone:
-        _alone[route] = HeteroRoute({next(iter(x)): route})
-    return _alone[route]
+    return HeteroRoute({next(iter(x)): route}, _checks=route._checks)
 
 
 def sources(x: HeteroRows, route: HeteroRoute | None, types: Iterable[str]) -> dict[str, Tensor]:
