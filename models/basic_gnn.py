@@ -114,7 +114,8 @@ class BasicGNN(PyGBasicGNN):
             if value is not None:
                 per_edge[name] = value
 
-        if isinstance(edge_index, list | tuple):
+        if isinstance(edge_index, Sequence):
+            assert isinstance(x, Tensor)
             return self._on_blocks(x, edge_index, route, per_edge)
         again = self.recompute and torch.is_grad_enabled()
         if again and not hasattr(self, "jk"):
@@ -124,7 +125,7 @@ class BasicGNN(PyGBasicGNN):
             for i in range(self.num_layers):
                 layer = (i, hidden[-1], edge_index, route, per_edge)
                 hidden.append(run_again(self._layer, *layer) if again else self._layer(*layer))
-            out = self.jk(hidden[1:]) if hasattr(self, "jk") else hidden[-1]
+            out = self.jk(hidden[1:]) if hasattr(self, "jk") else hidden[-1]  # type: ignore[assignment]
         return self.lin(out) if hasattr(self, "lin") else out
 
     def _on_blocks(

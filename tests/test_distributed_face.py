@@ -234,7 +234,7 @@ def test_loaders_in_other_ways(tmp_path: Path, options: dict[str, Any]) -> None:
 # --- under a process group ------------------------------------------------------------------------------------------
 
 
-def script_case(worker: Worker, root: str, num_parts: int) -> list[float]:
+def script_case(worker: Worker, root: str, num_parts: int, num_classes: int) -> list[float]:
     r"""The tutorial's script: two trainers for each part, two loaders used in turn, types."""
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
@@ -249,7 +249,7 @@ def script_case(worker: Worker, root: str, num_parts: int) -> list[float]:
     test = DistNeighborLoader(data, [5, 5], input_nodes=("v0", mine[:10]), batch_size=8, **common)
     metadata = [graph.meta["node_types"], [tuple(t) for t in graph.meta["edge_types"]]]
     torch.manual_seed(0)
-    model = to_hetero(GraphSAGE((-1, -1), 16, 2, int(_typed().num_classes)), metadata)
+    model = to_hetero(GraphSAGE((-1, -1), 16, 2, num_classes), metadata)
     with torch.no_grad(), train as iterator:
         batch = next(iter(iterator))
         model(batch.x_dict, batch.edge_index_dict)
@@ -272,21 +272,13 @@ def script_case(worker: Worker, root: str, num_parts: int) -> list[float]:
     return losses
 
 
-def _typed() -> HeteroData:
-    torch.manual_seed(0)
-    data = FakeHeteroDataset(
-        num_graphs=1, avg_num_nodes=90, avg_degree=4, num_node_types=2, num_edge_types=4, edge_dim=2, task="node"
-    )[0]
-    data.num_classes = int(data["v0"].y.max()) + 1
-    return data
-
-
 @pytest.mark.soak
 def test_a_script_of_two_trainers_for_each_part_learns(tmp_path: Path) -> None:
-    data = _typed()
-    del data.num_classes
+    data: HeteroData = FakeHeteroDataset(
+        num_graphs=1, avg_num_nodes=90, avg_degree=4, num_node_types=2, num_edge_types=4, edge_dim=2, task="node"
+    )[0]
     Partitioner(data, 2, tmp_path, recursive=True).generate_partition()
-    for losses in launch(script_case, 4, str(tmp_path), 2, timeout=200):
+    for losses in launch(script_case, 4, str(tmp_path), 2, int(data["v0"].y.max()) + 1, timeout=200):
         assert losses[-1] < 0.7 * losses[0], losses
 
 

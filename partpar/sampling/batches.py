@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from partpar.sampling.neighbor_sampler import NeighborSampler
 from partpar.sampling.subgraph import BatchKey, LinkSeeds, SampledSubgraph, Seeds
 from partpar.serving.protocol import SamplingService
 
-Kind = str | EdgeType
-Batch = Data | HeteroData
+Kind: TypeAlias = str | EdgeType
+Batch: TypeAlias = Data | HeteroData
 
 
 class Fetching(Protocol):

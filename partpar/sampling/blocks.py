@@ -9,7 +9,7 @@ these message flow graphs (Wang et al., "Deep Graph Library", 2019).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,7 @@ from partpar.kernels.adjacency import Adjacency
 HeteroBlock = dict[EdgeType, Adjacency]
 
 
-@overload
-def blocks(batch: Data, num_layers: int | None = None) -> list[Adjacency]: ...
-@overload
-def blocks(batch: HeteroData, num_layers: int | None = None) -> list[HeteroBlock]: ...
-def blocks(batch: Data | HeteroData, num_layers: int | None = None) -> list[Adjacency] | list[HeteroBlock]:
+def blocks(batch: Data | HeteroData, num_layers: int | None = None) -> list[Any]:
     r"""The edges that each layer needs, the first layer's first, as the models of :mod:`partpar.models` take them.
 
     .. code-block:: python

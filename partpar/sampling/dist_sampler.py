@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from partpar.serving.joined import join_service
 from partpar.serving.service import Service
 from partpar.serving.start import start_service
 
-Output = SamplerOutput | HeteroSamplerOutput
+Output: TypeAlias = SamplerOutput | HeteroSamplerOutput
 
 
 class DistNeighborSampler:
@@ -67,7 +67,7 @@ class DistNeighborSampler:
             raise SamplingError("data: expected a pair of a LocalFeatureStore and a LocalGraphStore, found something else")
         self.current_ctx, self.channel, self.concurrency, self.device = current_ctx, channel, concurrency, device
         self.feature_store, self.graph_store = data
-        self.options = {
+        self.options: dict[str, Any] = {
             "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "weight_attr": weight_attr,
             "subgraph_type": str(getattr(subgraph_type, "value", subgraph_type)), "time_attr": time_attr,
             "temporal_strategy": temporal_strategy,

@@ -143,6 +143,7 @@ class DistLoader:
             self._running.close()
         epoch, self.epoch = self.epoch, self.epoch + 1
         tasks = self.tasks(epoch)
+        made: Any
         ahead = self.prefetch_factor * max(self.num_workers or self.concurrency, 1)
         if self.num_workers:
             if self._processes is None:

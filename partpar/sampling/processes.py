@@ -71,7 +71,7 @@ class InProcesses:
             self._loader = DataLoader(
                 self._dataset,
                 batch_size=None,
-                sampler=self._tasks,  # type: ignore[arg-type]
+                sampler=self._tasks,
                 collate_fn=_as_it_is,
                 worker_init_fn=_one_thread,
                 multiprocessing_context="spawn",

@@ -40,7 +40,7 @@ def send(connection: Connection, tensors: Mapping[str, Tensor], values: Mapping[
     connection.send_bytes(json.dumps([kinds, dict(values)]).encode())
     for tensor in columns.values():
         if tensor.nbytes:
-            connection.send_bytes(tensor.view(-1).view(torch.uint8).numpy())
+            connection.send_bytes(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def receive(connection: Connection) -> tuple[Tensors, dict[str, Any]]:
