@@ -40,7 +40,7 @@ def main() -> None:
     args = parse()
     with training.init(timeout=args.timeout) as worker:
         graphs = GraphCollection.from_npz(args.npz)
-        log = training.JsonLines(args.metrics, worker.rank)
+        log, scalars = training.JsonLines(args.metrics, worker.rank), training.Scalars(args.logdir, worker.rank)
         table = Table("seed", "accuracy", "deviation over folds", "epoch", "seconds")
         means = []
         for seed in args.seeds:
@@ -52,6 +52,8 @@ def main() -> None:
                 curves.append(run_fold(args, worker, graphs, train, test, seed))
                 log.write(seed=seed, fold=number, accuracy=curves[-1])
             by_epoch = torch.tensor(curves).mean(0)
+            for epoch, value in enumerate(by_epoch.tolist(), 1):
+                scalars.write(epoch, **{f"seed {seed}/accuracy": value})
             best = int(by_epoch.argmax())
             means.append(float(by_epoch[best]))
             spread = float(torch.tensor(curves)[:, best].std(correction=0))
@@ -70,7 +72,7 @@ def run_fold(
 ) -> list[float]:
     r"""Accuracy on the held-out graphs after each epoch."""
     torch.manual_seed(seed)
-    model = make_model(args, graphs)
+    model = make_model(args, graphs).to(args.dtype)
     sparse = None
     if args.use_dist_embedding:
         model.set_num_embeddings(int(graphs.node_label.max()) + 1)
@@ -82,7 +84,7 @@ def run_fold(
 
     def outputs(module: torch.nn.Module, batch: GraphBatch) -> Tensor:
         node_ids = graphs.node_label[batch.nodes] if args.use_dist_embedding else None
-        attr = one_hot(graphs.edge_label, batch.edges, batch.edge_index.size(1)) if args.model == "gine" else None
+        attr = one_hot(args, graphs.edge_label, batch.edges) if args.model == "gine" else None
         return module(
             inputs(args, graphs, batch.nodes), batch.edge_index, attr, batch.batch, node_ids, route=batch.route,
             batch_size=len(batch.y),
@@ -126,17 +128,19 @@ def num_labels(labels: Tensor | None) -> int:
     return 0 if labels is None else int(labels.max()) + 1
 
 
-def one_hot(labels: Tensor | None, places: Tensor, num_rows: int) -> Tensor:
+def one_hot(args: argparse.Namespace, labels: Tensor | None, places: Tensor) -> Tensor:
     r"""Labels as columns; one column of ones where there are none."""
-    return torch.ones(num_rows, 1) if labels is None else F.one_hot(labels[places], num_labels(labels)).float()
+    if labels is None:
+        return torch.ones(len(places), 1, dtype=args.dtype)
+    return F.one_hot(labels[places], num_labels(labels)).to(args.dtype)
 
 
 def inputs(args: argparse.Namespace, graphs: GraphCollection, nodes: Tensor) -> Tensor | None:
     r"""What is known of nodes; nothing where their rows are learned from their labels."""
     if args.use_dist_embedding:
         return None
-    x = one_hot(graphs.node_label, nodes, len(nodes))
-    return x if graphs.node_attr is None else torch.cat([x, graphs.node_attr[nodes].float()], 1)
+    x = one_hot(args, graphs.node_label, nodes)
+    return x if graphs.node_attr is None else torch.cat([x, graphs.node_attr[nodes].to(args.dtype)], 1)
 
 
 def make_model(args: argparse.Namespace, graphs: GraphCollection) -> DistributedGIN:
@@ -172,10 +176,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=60, help="for every fold")
     parser.add_argument("--batch_size", type=int, default=32, help="graphs of all workers in a step")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam, halved every 50 epochs")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float64"], default="float32",
+        help="of rows and weights; in float64 any number of workers ends with the same accuracy",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of folds, weights and order")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each fold")
-    return parser.parse_args()
+    parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype)
+    return args
 
 
 if __name__ == "__main__":

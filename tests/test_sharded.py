@@ -62,7 +62,7 @@ def examples(number: int) -> Any:
 
 
 @given(play=plays())
-@examples(15)
+@examples(10)
 def test_any_sequence_equals_the_dense_one(gang: Gang, world_size: int, play: Play) -> None:
     compare(gang, world_size, play)
 
