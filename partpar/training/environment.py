@@ -116,7 +116,13 @@ def _open_mpi(env: Mapping[str, str]) -> Launch:
 
 def _slurm(env: Mapping[str, str]) -> Launch:
     remedy = "start the workers with srun"
-    names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
+    names = (
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_STEP_TASKS_PER_NODE",
+    )
     _require(env, (*names, "SLURM_STEP_NODELIST"), remedy)
     world_size = _number(env, "SLURM_STEP_NUM_TASKS", 1, 1 << 20, remedy)
     rank = _number(env, "SLURM_PROCID", 0, world_size - 1, remedy)
