@@ -62,7 +62,8 @@ class HeteroConv(pyg_nn.HeteroConv):
             x_dict: The rows of the owned nodes of each type, or constant rows with their halo.
             edge_index_dict: The share's edges; ``share.adj_dict()`` is the fast way.
             *args_dict (optional): Further arguments of the convolutions by node or edge type.
-            route (HeteroRoute, optional): The share's route; :obj:`None` when one process owns everything.
+            route (HeteroRoute, optional): The share's route, by name or as third; :obj:`None` when one process owns
+                everything.
             **kwargs_dict (optional): The same by name, as ``edge_attr_dict={edge_type: edge_attr}``.
         """
         unknown = [name for name in kwargs_dict if not name.endswith("_dict")]
@@ -70,6 +71,8 @@ class HeteroConv(pyg_nn.HeteroConv):
             raise RouteError(f"HeteroConv: expected keywords that end with '_dict', found {unknown[0]!r}")
         names = ("x_dict", "edge_index_dict")
         given = [*args_dict, *(kwargs_dict.pop(name) for name in names[len(args_dict) :])]
+        if len(given) > 2 and isinstance(given[2], Route | HeteroRoute):  # where our other layers take it
+            route = given.pop(2)
         x, edges, more = given[0], given[1], given[2:]
         used: dict[EdgeType, Any] = {
             e: conv for e, conv in self.convs.items() if e in edges and e[0] in x and e[2] in x
