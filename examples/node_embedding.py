@@ -46,7 +46,7 @@ def main() -> None:
         training.first_rank(lambda: partition(args, root, worker.world_size), worker.group)
         share = GraphData.load_partition(root, worker.rank, worker.world_size, args.algorithm)
         route = share.to_route(worker.group)
-        log = training.JsonLines(args.metrics, worker.rank)
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
         table = Table("seed", *SPLITS, "best epoch", "seconds per epoch")
         tests = []
         for seed in args.seeds:
@@ -69,7 +69,7 @@ def train(
     share: GraphData,
     route: Route,
     seed: int,
-    log: training.JsonLines,
+    log: training.RunLog,
 ) -> tuple[dict[str, float], float]:
     r"""Accuracies at the epoch that is best on the validation nodes, and seconds of an epoch."""
     nodes = share.node("dst")
@@ -207,6 +207,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="of first values, weights and dropout")
     train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    train.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     args = parser.parse_args()
     if args.batch_size and not args.use_dist_embedding:
         parser.error("--batch_size trains learned rows: leave --no-use_dist_embedding out")

@@ -53,7 +53,7 @@ def main() -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
 
         # 5. Every epoch is a step on the whole graph; see partpar/training/full_graph.py for the loop.
-        log = training.JsonLines(args.metrics, worker.rank)
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
         history = training.fit(
             model,
             optimizer,
@@ -65,6 +65,7 @@ def main() -> None:
             on_epoch=log.write,
             progress=worker.is_first,
         )
+        log.write(**history.record)  # figures of every rank, for partpar report
         if worker.is_first:
             title = f"{args.model} on {args.npz or args.dataset}, {worker.world_size} worker(s)"
             Console().print(training.summary_table(history, args.metric, title))
@@ -127,6 +128,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    train.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.wire = getattr(torch, args.wire) if args.wire else None

@@ -77,7 +77,7 @@ def main() -> None:
             rows = training.all_rows(torch.stack([scores, labels], 1), worker.group)
             return training.roc_auc(rows[:, 0], rows[:, 1].long(), torch.ones(rows.size(0), dtype=torch.bool))
 
-        log, best = training.JsonLines(args.metrics, worker.rank), {"val": -1.0, "epoch": 0}
+        log, best = training.RunLog(args.metrics, args.logdir, worker.rank), {"val": -1.0, "epoch": 0}
         bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
         for epoch in bar:
             model.train()
@@ -85,7 +85,7 @@ def main() -> None:
             val = auc("val")
             if val > best["val"]:
                 best = {"val": val, "epoch": epoch}
-            log.write(epoch=epoch, loss=done.loss, val=val, seconds=done.seconds)
+            log.write(epoch=epoch, loss=done.loss, val=val, seconds=done.seconds, phase_seconds=done.phase_seconds)
             bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{val:.4f}")
         test = auc("test")
         for loader in loaders.values():
@@ -134,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the partition, samples and weights")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     return parser.parse_args()
 
 

@@ -64,7 +64,7 @@ def main() -> None:
             return F.cross_entropy(out, batch.y[: batch.batch_size], ignore_index=-1), batch.batch_size
 
         # 4. Train on samples, measure exactly.
-        log, best, spent = training.JsonLines(args.metrics, worker.rank), {"val": -1.0, "test": 0.0, "epoch": 0}, []
+        log, best, spent = training.RunLog(args.metrics, args.logdir, worker.rank), {"val": -1.0, "test": 0.0, "epoch": 0}, []
         bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
         for epoch in bar:
             model.train()
@@ -78,7 +78,7 @@ def main() -> None:
             spent.append(done.seconds)
             if scores["val"] > best["val"]:
                 best = {"val": scores["val"], "test": scores["test"], "epoch": epoch}
-            log.write(epoch=epoch, loss=done.loss, seconds=done.seconds, **scores)
+            log.write(epoch=epoch, loss=done.loss, seconds=done.seconds, phase_seconds=done.phase_seconds, **scores)
             bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{scores['val']:.4f}")
         peaks = training.all_numbers([training.peak_memory() / 2**20], worker.group)[:, 0].tolist()
         loader.close()
@@ -116,6 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that make batches instead")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch_geometric.data import Data, HeteroData
 
 from partpar import GraphData, datasets
-from partpar.cli import demo, report, workers
+from partpar.cli import demo, quality, workers
 from partpar.cli.main import main
 from partpar.errors import GraphError
 
@@ -72,7 +72,7 @@ def test_without_matplotlib_drawing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert _partition(tmp_path, "--plot", str(tmp_path / "cut.png")) == 1
     assert "pip install matplotlib" in capsys.readouterr().err
-    assert (tmp_path / "metis_2" / "manifest.json").exists(), "the shares were written all the same"
+    assert not (tmp_path / "metis_2").exists(), "nothing was cut for a picture that cannot be drawn"
 
 
 def test_all_inputs_give_the_same_partition(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_wrong_command_line_exits_with_2(words: list[str]) -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["partition", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["partition", "inspect", "verify", "convert", "report", "demo"])
 def test_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
@@ -178,7 +178,7 @@ def test_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.Cap
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [report._bytes(n) for n in (0, 1023, 1024, 3 << 20, 5 << 30)] == [
+    assert [quality.size_text(n) for n in (0, 1023, 1024, 3 << 20, 5 << 30)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

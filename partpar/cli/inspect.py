@@ -3,13 +3,13 @@ r"""``partpar inspect``: what a partition on disk is and what training on it cos
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from partpar.cli.cost import add_cost_arguments, cost_of
-from partpar.cli.report import print_report
+from partpar.cli.output import add_json_argument, tables_wanted, write_json
+from partpar.cli.quality import check_plot, print_report, record_of
 from partpar.errors import MissingPartitionError
 from partpar.partition import Manifest, read_manifest
 
@@ -20,9 +20,7 @@ EXAMPLE = "partpar inspect partitions/cora/metis_4 --plot cora.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     r"""Declares the options."""
     parser.add_argument("folder", type=Path, help="a partition such as ROOT/metis_4, or ROOT for all in it")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object for each partition, a line each"
-    )
+    add_json_argument(parser, "the reports")
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw balance and traffic of one (needs matplotlib)"
     )
@@ -37,17 +35,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise MissingPartitionError(
             f"{args.folder}: expected one partition to plot, found {names}; name one of them"
         )
+    check_plot(args.plot)
+    records = []
     for folder, manifest in found.items():
         table, cost = cost_of(manifest, args) if args.predict else (None, {})
-        if args.json:
-            known = {
-                name: getattr(manifest, name) for name in ("run_id", "algorithm", "num_parts", "arguments")
-            }
-            whole = {"folder": str(folder), **known, "report": manifest.report}
-            print(json.dumps(whole | ({"prediction": cost} if args.predict else {}), default=str))
-        print_report(console, folder, manifest, args.plot, quiet=args.json)
-        if table is not None and not args.json:
+        records.append(record_of(folder, manifest) | ({"prediction": cost} if args.predict else {}))
+        print_report(console, folder, manifest, args.plot, quiet=not tables_wanted(args.json))
+        if table is not None and tables_wanted(args.json):
             console.print(table)
+    write_json(args.json, records)
     return 0
 
 

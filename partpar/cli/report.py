@@ -1,138 +1,103 @@
-r"""The quality report of a partition as tables and as a picture."""
+r"""``partpar report``: a training's log as one page that needs nothing else."""
 
 from __future__ import annotations
 
+import argparse
+import os
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from partpar.errors import PartparError
-from partpar.partition import Manifest
+from partpar.cli import charts
+from partpar.cli.quality import size_text
+from partpar.training.run_log import Run, RunLogError, read_runs
 
-
-class PlotError(PartparError, RuntimeError):
-    r"""A picture was asked for that cannot be drawn."""
-
-
-def print_report(
-    console: Console, folder: Path, manifest: Manifest, plot: Path | None, quiet: bool = False
-) -> None:
-    r"""Prints a partition's report as tables, and draws it if asked.
-
-    Args:
-        console: Where to print.
-        folder: Of the partition, for the heading.
-        manifest: Its manifest.
-        plot: Picture to write, by its suffix in any format of matplotlib; :obj:`None` draws nothing.
-        quiet: Do not print.
-    """
-    if not quiet:
-        console.print(whole_table(folder, manifest))
-        console.print(parts_table(manifest))
-    if plot is not None:
-        draw(manifest, plot)
-        if not quiet:
-            console.print(f"drawn to {plot}", highlight=False, soft_wrap=True)
+HELP = "Draw a training's log as one HTML page: learning curves, time per phase and rank, traffic between ranks."
+EXAMPLE = "partpar report run.jsonl -o report.html"
+TIMES = ("seconds", "exchange_seconds")
+_STYLE = """\
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
+svg { margin: .5em 1em .5em 0; border: 1px solid #ddd; background: #fff; }
+svg text { font: 12px system-ui, sans-serif; } svg .title { font-weight: 600; font-size: 13px; }
+svg .grid { stroke: #e5e5e5; } table { border-collapse: collapse; margin: .5em 0; }
+td, th { border: 1px solid #ddd; padding: .2em .7em; text-align: right; } td:first-child, th:first-child { text-align: left; }
+"""
 
 
-def whole_table(folder: Path, manifest: Manifest) -> Table:
-    r"""The report's figures for the partition as a whole."""
-    report = manifest.report
-    table = Table("what", "value", title=f"{folder}: {manifest.num_parts} part(s) by {manifest.algorithm}")
-    rows = {
-        "nodes": f"{report['num_nodes']:,}",
-        "edges": f"{report['num_edges']:,}",
-        "edge cut": f"{report['edge_cut']:.2%}",
-        "communication volume": f"{report['communication_volume']:,} rows an exchange",
-        "halo share": f"{report['halo_share']:.2%} of the rows held",
-        "replication factor": f"{report['replication_factor']:.3f}",
-    }
-    for node_type, nodes in report["nodes"].items():
-        of_type = "" if len(report["nodes"]) == 1 else f" of {node_type}"
-        rows[f"exchange{of_type}, one column"] = _bytes(nodes["bytes_per_exchange_and_column"])
-        if "bytes_per_exchange_of_x" in nodes:
-            rows[f"exchange{of_type}, features x"] = _bytes(nodes["bytes_per_exchange_of_x"])
-    rows |= {f"largest / mean, {name}": f"{value:.3f}" for name, value in report["balance"].items()}
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    r"""Declares the options."""
+    parser.add_argument("log", type=Path, help="JSON lines, as --metrics of the examples writes them")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="HTML", help="page to write")
 
 
-def parts_table(manifest: Manifest) -> Table:
-    r"""What each part holds."""
-    columns = per_part(manifest.report)
-    table = Table("part", *columns)
-    for part in range(manifest.num_parts):
-        table.add_row(str(part), *(f"{column[part]:,.0f}" for column in columns.values()))
-    return table
+def run(args: argparse.Namespace, console: Console) -> int:
+    r"""Writes the page."""
+    runs = read_runs(args.log)
+    page = render(runs, args.log.name)
+    scratch = args.output.with_name(f".{args.output.name}-{os.getpid()}")
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(args.output)
+    console.print(f"{len(runs)} run(s) drawn to {args.output}", highlight=False, soft_wrap=True)
+    return 0
 
 
-def per_part(report: dict[str, Any]) -> dict[str, np.ndarray]:
-    r"""For each part: nodes, halo, edges, cut edges and every constraint, ``[num_parts]`` each."""
-    nodes, edges = report["nodes"].values(), report["edges"].values()
-    num_parts = len(next(iter(nodes))["owned"])
-    columns = {
-        "nodes": sum((np.array(n["owned"]) for n in nodes), np.zeros(num_parts)),
-        "halo": sum((np.array(n["halo"]) for n in nodes), np.zeros(num_parts)),
-        "edges": sum((np.array(e["edges"]) for e in edges), np.zeros(num_parts)),
-        "cut edges": sum((np.array(e["cut_edges"]) for e in edges), np.zeros(num_parts)),
-    }
-    return columns | {
-        name: np.array(sums) for name, sums in report["constraints"].items() if not name.startswith("#")
-    }
-
-
-def draw(manifest: Manifest, path: Path) -> None:
-    r"""Draws balance bars and the part-to-part traffic matrix.
+def render(runs: list[Run], name: str) -> str:
+    r"""The page of some runs.
 
     Args:
-        manifest: Of the partition.
-        path: Picture to write; its suffix names the format.
-
-    Raises:
-        PlotError: If matplotlib is not installed or does not know the format.
+        runs: As read from a log.
+        name: Of the log, for the heading.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib"
-        ) from error
-    columns = {name: values for name, values in per_part(manifest.report).items() if values.sum() > 0}
-    traffic = sum(np.array(nodes["traffic"]) for nodes in manifest.report["nodes"].values())
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    bars, matrix = figure.subplots(1, 2)
-
-    width = 0.8 / max(1, len(columns))
-    parts = np.arange(manifest.num_parts)
-    for place, (name, values) in enumerate(columns.items()):
-        bars.bar(parts + (place - (len(columns) - 1) / 2) * width, values / values.mean(), width, label=name)
-    bars.axhline(1.0, color="black", linewidth=0.8)
-    bars.set(xlabel="part", ylabel="relative to the mean part", title="balance")
-    bars.xaxis.get_major_locator().set_params(integer=True)
-    bars.legend(ncols=3, fontsize="small")
-
-    image = matrix.imshow(traffic, cmap="viridis")
-    figure.colorbar(image, ax=matrix, label="rows an exchange")
-    matrix.set(xlabel="to part", ylabel="from part", title="traffic")
-    figure.suptitle(
-        f"{manifest.algorithm}, {manifest.num_parts} part(s), edge cut {manifest.report['edge_cut']:.2%}"
+    body = [f"<h1>{escape(name)}</h1>"]
+    for number, one in enumerate(runs, 1):
+        if len(runs) > 1:
+            body.append(f"<h2>Run {number} of {len(runs)}</h2>")
+        body += _run(one)
+    # Nothing is fetched from anywhere, and the browser is told so.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(name)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise PlotError(
-            f"{path}: expected the name of a picture such as cut.png, found another: {error}"
-        ) from error
 
 
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+def _run(one: Run) -> list[str]:
+    names = dict.fromkeys(name for epoch in one.epochs for name in epoch if name != "epoch")
+    curves = {name: curve for name in names if (curve := one.curve(name))}
+    if not curves:
+        raise RunLogError("expected numbers beside the epochs, found none")
+    body = ["<h3>Learning curves</h3>", _summary(one, curves)]
+    losses = {name: curve for name, curve in curves.items() if "loss" in name}
+    scores = {name: curve for name, curve in curves.items() if name not in losses and name not in TIMES}
+    times = {name.replace("_", " "): curves[name] for name in TIMES if name in curves}
+    for title, group in (("loss", losses), ("metric", scores), ("seconds an epoch on rank 0", times)):
+        if group:
+            body.append(charts.lines(title, "epoch", group))
+    body.append("<h3>Time per phase and rank</h3>")
+    phases = one.phase_seconds
+    if phases:
+        ranks = [f"rank {rank}" for rank in range(len(next(iter(phases.values()))))]
+        body.append(charts.stacked_bars("seconds of the whole run", "s", ranks, phases))
+    else:
+        body.append("<p>The log does not tell.</p>")
+    body.append("<h3>Traffic between ranks</h3>")
+    traffic: list[list[float]] = one.end.get("traffic") or []
+    if len(traffic) > 1:
+        body.append(charts.matrix("rows sent in one exchange", "from rank", "to rank", traffic))
+    else:
+        body.append("<p>None: there was one worker, or the log does not tell.</p>")
+    return body
+
+
+def _summary(one: Run, curves: dict[str, charts.Points]) -> str:
+    rows: dict[str, Any] = {"epochs": len(one.epochs)}
+    for name, curve in curves.items():
+        values = [y for _, y in curve]
+        rows[f"{name}, last (lowest to highest)"] = f"{values[-1]:.6g} ({min(values):.6g} to {max(values):.6g})"
+    for rank, peak in enumerate(one.end.get("peak_bytes") or []):
+        rows[f"peak memory of rank {rank}"] = size_text(peak)
+    cells = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
+    return f"<table>{cells}</table>"

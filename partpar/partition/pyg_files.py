@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle  # only for the name of the error that torch.load raises
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,16 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise MissingPartitionError(f"{path}: expected a file of the partition, found none; copy it here")
     try:
-        with torch.serialization.safe_globals([defaultdict, dict]):
+        with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), dict]):
             return torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PartitionFileError(f"{path}: expected tensors and plain values, found something else: {reason}") from error
+
+
+def _plain_dict(*factory: Any) -> dict[Any, Any]:
+    r"""What stands for the ``defaultdict`` in which PyG keeps features of edges: torch fills plain dictionaries only."""
+    return {}
 
 
 def _by_type(raw: Any, types: list[Any], typed: bool, path: Path, may_lack: bool = False) -> dict[Any, dict[str, Any]]:

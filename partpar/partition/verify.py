@@ -14,7 +14,7 @@ from partpar.errors import PartparError
 from partpar.graph import GraphData
 from partpar.partition.assemble import join
 from partpar.partition.digest import run_id
-from partpar.partition.layout import FORMAT_VERSION, MANIFEST, partition_folder
+from partpar.partition.layout import FORMAT_VERSION, MANIFEST, edge_key, node_key, partition_folder
 from partpar.partition.load import open_share
 from partpar.partition.manifest import FileRecord, Manifest, read_manifest
 from partpar.partition.write import GIVEN
@@ -123,8 +123,6 @@ def _rows(manifest: Manifest, part: int, key: str) -> int | None:
 
 
 def _is_column(key: str, kind: str, name: tuple[str, ...]) -> bool:
-    from partpar.partition.layout import edge_key, node_key
-
     prefix = node_key(*name) if kind == "node" else edge_key((name[0], name[1], name[2]))
     return key.startswith(f"{prefix}/attr/") or key == f"{prefix}/raw_ids"
 

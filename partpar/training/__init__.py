@@ -2,9 +2,11 @@ r"""Setting processes up, training loops and metrics."""
 
 from partpar.training.full_graph import Epoch, History, evaluate, fit
 from partpar.training.inference import InferenceError, full_graph_inference
+from partpar.training.log import RunLog
 from partpar.training.machine import forget_peak_memory, peak_memory, tune_allocator
 from partpar.training.metrics import JsonLines, accuracy, measure, roc_auc
 from partpar.training.mini_batch import BatchEpoch, train_epoch
+from partpar.training.scalars import Scalars, ScalarsError
 from partpar.training.setup import Context, SetupError, init
 from partpar.training.summary import summary_table
 from partpar.training.together import FirstRankError, all_numbers, all_rows, first_rank
@@ -17,6 +19,9 @@ __all__ = [
     "History",
     "InferenceError",
     "JsonLines",
+    "RunLog",
+    "Scalars",
+    "ScalarsError",
     "SetupError",
     "accuracy",
     "all_numbers",

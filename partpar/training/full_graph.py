@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from partpar.training.metrics import measure
 from partpar.training.together import all_numbers
 
 SPLITS = ("train", "val", "test")
+PHASES = ("compute", "exchange", "evaluation")
 Inputs: TypeAlias = tuple[Tensor | SourceRows, Tensor | Adjacency]
 
 
@@ -59,12 +60,21 @@ class History:
         best: The epoch of the highest validation metric, whose weights the model has at the end.
         peak_bytes: Peak memory of each rank's process so far.
         exchange_share: Part of each rank's training time that it was blocked in exchanges.
+        phase_seconds: Time of each rank in each phase: computing steps, blocked in their exchanges, evaluating.
+        traffic: Rows that each rank sends to each in one exchange, ``[world_size][world_size]``.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     best: Epoch | None = None
     peak_bytes: list[int] = field(default_factory=list)
     exchange_share: list[float] = field(default_factory=list)
+    phase_seconds: dict[str, list[float]] = field(default_factory=dict)
+    traffic: list[list[int]] = field(default_factory=list)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        r"""What a log of the run should end with: figures of every rank, which ``partpar report`` draws."""
+        return {"phase_seconds": self.phase_seconds, "traffic": self.traffic, "peak_bytes": self.peak_bytes}
 
     @property
     def losses(self) -> list[float]:
@@ -120,7 +130,7 @@ def fit(
         raise GraphError(
             f"expected node attributes x, y and train_mask to train on, found no {', '.join(missing)}"
         )
-    history, best_weights = History(), None
+    history, best_weights, evaluating = History(), None, 0.0
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     inputs = model_inputs(inner, share, route)
     no_rows = torch.zeros(share.num_owned(), dtype=torch.bool, device=share.device)
@@ -142,12 +152,14 @@ def fit(
         blocked, start = meter.seconds, time.perf_counter()
         loss = step().item()
         seconds, blocked = time.perf_counter() - start, meter.seconds - blocked
+        start = time.perf_counter()
         scores = evaluate(inner, share, route, masks, metric, inputs)
+        evaluating += time.perf_counter() - start
         epoch = Epoch(number, loss, scores["train"], scores["val"], scores["test"], seconds, blocked)
         history.epochs.append(epoch)
         if on_epoch is not None:
             on_epoch(**asdict(epoch))
-        bar.set_postfix(loss=f"{loss:.4f}", val=f"{epoch.val:.4f}")
+        bar.set_postfix(loss=f"{loss:.4f}", val=f"{epoch.val:.4f}", exchange=f"{blocked / seconds:.0%}")
         # Every rank has the same metrics, so every rank stops at the same epoch.
         if history.best is None or epoch.val > history.best.val or epoch.val != epoch.val:
             history.best = epoch
@@ -160,8 +172,11 @@ def fit(
 
     spent = sum(epoch.seconds for epoch in history.epochs)
     exchanged = sum(epoch.exchange_seconds for epoch in history.epochs)
-    table = all_numbers([peak_memory(), exchanged / spent if spent else 0.0], route.group)
+    numbers = [peak_memory(), exchanged / spent if spent else 0.0, spent - exchanged, exchanged, evaluating]
+    table = all_numbers([*numbers, *route.send_splits], route.group)
     history.peak_bytes, history.exchange_share = table[:, 0].long().tolist(), table[:, 1].tolist()
+    history.phase_seconds = dict(zip(PHASES, table[:, 2:5].T.tolist(), strict=True))
+    history.traffic = table[:, 5:].long().tolist()
     return history
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ class BatchEpoch:
         loss: Mean over all seeds.
         seeds: How many there were.
         seconds: Of the slowest worker.
+        phase_seconds: Time of each rank waiting for batches, and computing steps with their gradients' exchange.
     """
 
     loss: float
     seeds: int
     seconds: float
+    phase_seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
 def train_epoch(
@@ -43,12 +45,16 @@ def train_epoch(
         optimizer: Of the parameters.
         group: The process group; :obj:`None` when alone.
     """
-    start, total, seeds = time.perf_counter(), 0.0, 0
+    start, total, seeds, computing = time.perf_counter(), 0.0, 0, 0.0
     for batch in loader:
+        begin = time.perf_counter()
         optimizer.zero_grad()
         loss, count = loss_of(batch)
         loss.backward()
         optimizer.step()
         total, seeds = total + loss.item() * count, seeds + count
-    table = all_numbers([total, seeds, time.perf_counter() - start], group)
-    return BatchEpoch(float(table[:, 0].sum() / table[:, 1].sum().clamp(min=1)), int(table[:, 1].sum()), float(table[:, 2].max()))
+        computing += time.perf_counter() - begin
+    table = all_numbers([total, seeds, time.perf_counter() - start, computing], group)
+    mean = float(table[:, 0].sum() / table[:, 1].sum().clamp(min=1))
+    phases = {"batches": (table[:, 2] - table[:, 3]).tolist(), "compute": table[:, 3].tolist()}
+    return BatchEpoch(mean, int(table[:, 1].sum()), float(table[:, 2].max()), phases)
