@@ -1,7 +1,7 @@
 r"""``partpar``: the command line.
 
 Exit codes of every command: 0, done; 1, it failed, with the reason on standard error; 2, the command line is
-wrong.
+wrong; 130, it was stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from partpar.cli import demo, inspect, partition
+from partpar.cli import convert, copy, demo, doctor, inspect, launch, partition, report, verify
 from partpar.errors import PartparError
 
-EXIT_CODES = "exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong command line"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong command line, 130 stopped by Ctrl-C"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (partition, inspect, demo):
+    for command in (partition, inspect, verify, convert, copy, launch, report, doctor, demo):
         name = command.__name__.rpartition(".")[2]
         below = commands.add_parser(
             name,
@@ -57,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PartparError, OSError) as error:
         print(f"partpar: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("partpar: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
