@@ -59,8 +59,7 @@ class StoreLoader(DistLoader):
         return iter(self)
 
     def __exit__(self, *_: object) -> None:
-        if self._running is not None:
-            self._running.close()
+        self._stop()
 
 
 def rename(kwargs: dict[str, Any], concurrency: int, async_sampling: bool) -> tuple[dict[str, Any], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -139,8 +140,7 @@ class DistLoader:
             yield Task(epoch, number, order[at % self.count] if self.count else at)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._running is not None:
-            self._running.close()
+        self._stop()
         epoch, self.epoch = self.epoch, self.epoch + 1
         tasks = self.tasks(epoch)
         made: Any
@@ -156,8 +156,15 @@ class DistLoader:
             made = InOrder(self._make, tasks, self.concurrency, ahead)
         else:
             made = (self._make(task) for task in tasks)
-        self._running = _Epoch(made, self._finish)
-        return self._running
+        running = _Epoch(made, self._finish)
+        self._running = weakref.ref(running)  # who reads it owns it: dropped half-way, it ends at once
+        return running
+
+    def _stop(self) -> None:
+        running = None if self._running is None else self._running()
+        self._running = None
+        if running is not None:
+            running.close()
 
     def _make(self, task: Task) -> Batch:
         batch = self._maker(task)
@@ -177,9 +184,7 @@ class DistLoader:
     def close(self) -> None:
         r"""Ends threads and processes, and the service if the loader started it and is its last user. Where the service
         speaks to other ranks, these should close theirs too. May be called again."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        self._stop()
         if self._processes is not None:
             self._processes.close()
             self._processes = None
@@ -193,13 +198,10 @@ class DistLoader:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_running", None) is not None or getattr(self, "_processes", None) is not None:
+        processes = getattr(self, "_processes", None)
+        if processes is not None:
             with contextlib.suppress(Exception):  # the interpreter may be half gone
-                self._running, running = None, self._running
-                if running is not None:
-                    running.close()
-                if self._processes is not None:
-                    self._processes.close()
+                processes.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(pid={self.pid})"
