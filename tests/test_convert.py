@@ -71,7 +71,8 @@ def test_a_partition_of_pyg_gives_the_same_graph(time: str | None, tmp_path: Pat
 def test_a_typed_partition_of_pyg_gives_the_same_graph(tmp_path: Path) -> None:
     data = _typed()
     Partitioner(data, PARTS, str(tmp_path / "pyg")).generate_partition()
-    graph, assignment = read_pyg_partition(tmp_path / "pyg")
+    graph, num_parts, assignment = read_pyg_partition(tmp_path / "pyg")
+    assert num_parts == PARTS
     folder = graph.partition_graph(tmp_path, PARTS, algorithm="given", partition_kwargs={"assignment": assignment})
     again = assemble(folder)
     assert again.edge_types == data.edge_types

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     named = any(getattr(args, name) is not None for name in ("dataset", "npz", "pt", "folder"))
     own = read_graph(args) if named else None
     if args.kind == "pyg":
-        graph, assignment = read_pyg_partition(args.source)
-        num_parts = 1 + max((int(p.max()) for p in assignment.values() if p.numel()), default=0)
+        graph, num_parts, assignment = read_pyg_partition(args.source)
         if own is not None:
             graph = _checked(own, graph)
     else:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _checked(own: GraphData, kept: GraphData) -> GraphData:
     r"""The user's own graph, if it is the one that was cut."""
-    if own.edge_types != kept.edge_types or own.node_types != kept.node_types:
+    if set(own.edge_types) != set(kept.edge_types) or set(own.node_types) != set(kept.node_types):
         raise PartitionError(
             f"expected the graph that was cut, with types {kept.node_types} and {kept.edge_types}, found {own.node_types} and {own.edge_types}"
         )

@@ -22,8 +22,9 @@ class DistLinkNeighborLoader(StoreLoader, sampling.DistLinkNeighborLoader):
         master_addr, master_port, current_ctx: As there.
         edge_label_index, edge_label, edge_label_time, neg_sampling, neg_sampling_ratio: See
             :class:`partpar.sampling.DistLinkNeighborLoader`.
-        dist_sampler, replace, subgraph_type, disjoint, temporal_strategy, time_attr, transform, concurrency,
-            num_rpc_threads, filter_per_worker, async_sampling, device, **kwargs: As there.
+        dist_sampler: As there, and likewise replace, subgraph_type, disjoint, temporal_strategy, time_attr, transform,
+            concurrency, num_rpc_threads, filter_per_worker, async_sampling and device.
+        **kwargs: As there.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ class DistNeighborLoader(StoreLoader, sampling.DistNeighborLoader):
         num_neighbors: Neighbours of each node to draw in each hop; -1 for all.
         master_addr, master_port: Where processes meet that have no process group; means nothing where they have one.
         current_ctx: Who this process is, likewise.
-        input_nodes, input_time, replace, subgraph_type, disjoint, temporal_strategy, time_attr, transform,
-            filter_per_worker, device: See there.
+        input_nodes: See there, and likewise input_time, replace, subgraph_type, disjoint, temporal_strategy, time_attr,
+            transform, filter_per_worker and device.
         dist_sampler: Whose options are taken instead.
         concurrency: Batches that are made at a time.
         num_rpc_threads: Questions that are answered at a time.

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import pickle  # only for the name of the error that torch.load raises
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from partpar.graph import EDGE, NODE, EdgeType, Frame, GraphData
 Assignment = dict[str, Tensor]
 
 
-def read_pyg_partition(root: str | Path) -> tuple[GraphData, Assignment]:
+def read_pyg_partition(root: str | Path) -> tuple[GraphData, int, Assignment]:
     r"""The graph that PyG's ``Partitioner`` cut, nodes and edges by the numbers they had, and the part of each node.
 
     The files keep features ``x``, ``edge_attr`` and times, and nothing else: labels and masks are not in them. A time
@@ -27,7 +29,7 @@ def read_pyg_partition(root: str | Path) -> tuple[GraphData, Assignment]:
         root: The folder of ``META.json``.
 
     Returns:
-        The graph, and int64 ``[num_nodes]`` for each node type.
+        The graph, the number of parts, and the part of each node, int64 ``[num_nodes]`` for each node type.
 
     Raises:
         MissingPartitionError: If a file is missing.
@@ -57,7 +59,7 @@ def read_pyg_partition(root: str | Path) -> tuple[GraphData, Assignment]:
     edges = {e: Frame(order[e].numel(), what=f"edges of type {e}") for e in edge_types}
     _node_rows(nodes, [_by_type(_load(p / "node_feats.pt"), node_types, typed, p) for p in parts], offsets, root)
     _edge_rows(edges, order, [_by_type(_load(p / "edge_feats.pt"), edge_types, typed, p, True) for p in parts], root)
-    return GraphData(nodes, edges, structure), {t: p.long() for t, p in maps.items()}
+    return GraphData(nodes, edges, structure), len(parts), {t: p.long() for t, p in maps.items()}
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -85,11 +87,24 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise MissingPartitionError(f"{path}: expected a file of the partition, found none; copy it here")
     try:
-        with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), dict]):
+        with _only((_plain_dict, "collections.defaultdict"), dict):
             return torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PartitionFileError(f"{path}: expected tensors and plain values, found something else: {reason}") from error
+
+
+@contextmanager
+def _only(*allowed: Any) -> Iterator[None]:
+    r"""Allows these besides what torch itself does, and none of what other libraries have allowed for all."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def _plain_dict(*factory: Any) -> dict[Any, Any]:
