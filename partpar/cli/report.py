@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _run(one: Run) -> list[str]:
     return body
 
 
-def _summary(one: Run, curves: dict[str, charts.Points]) -> str:
+def _summary(one: Run, curves: Mapping[str, charts.Points]) -> str:
     rows: dict[str, Any] = {"epochs": len(one.epochs)}
     for name, curve in curves.items():
         values = [y for _, y in curve]

@@ -152,7 +152,7 @@ def _node_rows(nodes: dict[str, Frame], parts: list[dict[str, Any]], offsets: di
             frame["time"] = time
 
 
-def _edge_rows(edges: dict[EdgeType, Frame], order: dict[EdgeType, Tensor], parts: list[dict[str, Any]], root: Path) -> None:
+def _edge_rows(edges: dict[EdgeType, Frame], order: dict[EdgeType, Tensor], parts: list[dict[EdgeType, Any]], root: Path) -> None:
     for edge_type, frame in edges.items():
         pieces = [part[edge_type] for part in parts]
         for name in dict.fromkeys(name for p in pieces for name in p.get("feats", {})):

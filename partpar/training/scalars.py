@@ -32,7 +32,7 @@ class Scalars:
         except ImportError as error:
             raise ScalarsError("--logdir needs TensorBoard, which is not installed: pip install tensorboard") from error
         if rank == 0:
-            self._writer = SummaryWriter(str(logdir))  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(logdir))
 
     def write(self, epoch: int, /, **numbers: float | None) -> None:
         r"""Writes each number of an epoch under its name; those that are NaN or :obj:`None` are left out."""
