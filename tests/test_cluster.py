@@ -25,7 +25,8 @@ pytestmark = [
         bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}: install openssh-server"
     ),
 ]
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 NODES = 400
 RUN = "run"  # the workspace, in each host's home
 HOME_TOOLS = ["sh", "dirname", "mkdir", "df", "tail", "sed", "sha256sum", "ls", "mv", "rm", "sync", "true"]
@@ -124,6 +125,50 @@ def test_two_hosts_train_as_one_process_does(
     assert len(expected) == 3
     assert found == pytest.approx(expected, rel=1e-10 if "--dtype" in options else 1e-5)
     assert not _processes_below(cluster)
+
+
+def _as_users_find_it(cluster: Cluster, folder: Path) -> dict[str, str]:
+    r"""Makes a clone's examples, commands and ssh as on a machine that is set up, and returns its environment."""
+    shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    programs = {"partpar": [sys.executable, "-m", "partpar.cli.main"]}
+    programs |= {name: [shutil.which(name) or "", "-F", str(cluster.ssh_config)] for name in ("ssh", "scp")}
+    (folder / "bin").mkdir()
+    for name, words in programs.items():
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {" ".join(words)} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    for bins in cluster.bins.values():
+        (bins / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (bins / "python3").chmod(0o755)
+    return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_the_commands_of_the_page_run_as_they_are_printed(cluster: Cluster, tmp_path: Path) -> None:
+    env = _as_users_find_it(cluster, tmp_path)
+    shutil.copy(cluster.hosts_file, tmp_path / "hosts.txt")
+    page = (ROOT / "docs" / "cluster.rst").read_text()
+    (block,) = re.findall(r"code-block:: bash\n\n((?:    .*\n)*    partpar copy (?:.*\n)+?)\n", page)
+    done = subprocess.run(
+        ["bash", "-euc", block],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 worker(s)" in done.stdout
+
+
+def test_the_script_for_a_cluster_runs(cluster: Cluster, tmp_path: Path) -> None:
+    env = _as_users_find_it(cluster, tmp_path)
+    env |= {"HOSTS": str(cluster.hosts_file), "SSH_CONFIG": str(cluster.ssh_config), "PORT": str(free_port())}
+    words = ["examples/cluster/run_dist.sh", "--epochs", "2"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 worker(s)" in done.stdout
 
 
 # Says that it is there, then waits for the other rank for longer than any test.
@@ -249,9 +294,6 @@ def test_an_interrupted_copy_is_resumed_and_looks_like_nothing_until_then(
 
 
 def test_damage_on_the_way_is_noticed(cluster: Cluster, partitions: Path) -> None:
-    program = cluster.bins[ADDRESSES[0]] / "sync"  # runs once all has arrived: too late to matter
-    program.write_text("#!/bin/sh\nexit 0\n")
-    program.chmod(0o755)
     damaging = cluster.bins[ADDRESSES[0]] / "rsync"
     damaging.write_text(
         f'#!/bin/sh\n{shutil.which("rsync")} "$@"; code=$?\n'
@@ -335,7 +377,7 @@ def test_a_full_disk_is_told(cluster: Cluster, partitions: Path, seen: str) -> N
     if seen != "before":  # a disk that fills up meanwhile: what it says at first is wrong
         bins = cluster.bins[ADDRESSES[1]]
         if "scp" in seen:
-            cluster.only(ADDRESSES[1], *(tool for tool in HOME_TOOLS if tool != "df"), "touch")
+            cluster.only(ADDRESSES[1], *(tool for tool in HOME_TOOLS if tool != "df"))
         real = shutil.which("df")
         lies = f'[ -e {bins}/asked ] && exec {real} "$@"; : > {bins}/asked; echo "tmpfs 999999999 1 99999999 1% /"'
         (bins / "df").write_text(f"#!/bin/sh\n{lies}\n")

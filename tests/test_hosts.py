@@ -87,6 +87,7 @@ def test_errors_name_file_and_line(tmp_path: Path, text: str, message: str) -> N
         ("- a\n- [b]\n", r"hosts.yaml:2: expected a host, or a mapping"),
         ("- a\n- {b\n", r"hosts.yaml:3: expected YAML"),
         ("hosts: a\n", r"hosts.yaml:1: expected a list of hosts"),
+        ("---\n", r"hosts.yaml:2: expected a list of hosts"),
     ],
 )
 def test_errors_in_yaml_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:

@@ -23,6 +23,7 @@ from partpar.errors import PartparError
 
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_YAML = re.compile(r"-(\s|--|$)|\w+:(\s|$)")  # how a list, a document or a mapping begins
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,15}")
 _SSH_PORT = 22
 _WORKER_PORTS = 1024  # workers need no port below, which only root may listen on
@@ -98,12 +99,13 @@ def read_hosts(path: str | Path) -> list[Host]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise HostFileError(f"{path}: expected a file of hosts, found none to read: {error}") from error
-    entries = None
-    if path.suffix in (".yaml", ".yml"):
+    numbered = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
+    lines = [(number, line) for number, line in numbered if line]
+    # PyG's ip_config.yaml holds plain lines.
+    if path.suffix in (".yaml", ".yml") and lines and _YAML.match(lines[0][1]):
         entries = _yaml_entries(path, text)
-    if entries is None:
-        lines = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
-        entries = [_line_entry(path, number, line) for number, line in lines if line]
+    else:
+        entries = [_line_entry(path, number, line) for number, line in lines]
     if not entries:
         raise HostFileError(f"{path}: expected a line for each host, found none")
     ordered = _in_order(path, entries)
@@ -204,8 +206,8 @@ def _integer(path: Path, line: int, what: str, text: Any, low: int) -> int:
     return int(text)
 
 
-def _yaml_entries(path: Path, text: str) -> list[_Entry] | None:
-    r"""The entries of a list in YAML; :obj:`None` if the file holds plain lines, as ``ip_config.yaml`` of PyG does."""
+def _yaml_entries(path: Path, text: str) -> list[_Entry]:
+    r"""The entries of a list in YAML."""
     try:
         import yaml
     except ImportError as error:
@@ -225,10 +227,9 @@ def _yaml_entries(path: Path, text: str) -> list[_Entry] | None:
                 f"{path}:{root.start_mark.line + 1}: expected a list under 'hosts', found the keys {sorted(found)}"
             )
         root = found["hosts"]
-    elif root is None or isinstance(root, yaml.ScalarNode):
-        return None
     if not isinstance(root, yaml.SequenceNode):
-        raise HostFileError(f"{path}:{root.start_mark.line + 1}: expected a list of hosts")
+        line = 1 if root is None else root.start_mark.line + 1
+        raise HostFileError(f"{path}:{line}: expected a list of hosts")
     entries = []
     for node in root.value:
         line = node.start_mark.line + 1

@@ -1,6 +1,6 @@
 r"""One rank of the ping of ``partpar doctor``: whether all ranks reach each other over a backend, and how fast.
 
-Its arguments are the backend, the seconds to wait and, if wanted, a file for what rank 0 found.
+Its arguments are the backend, the seconds to wait and, if wanted, a file for what rank 0 found, else it is printed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def main(backend: str, timeout: float, result: Path | None) -> None:
             found = _exchanges(worker.rank, worker.world_size, worker.device)
         if worker.is_first:
             line = json.dumps({"backend": backend, "ranks": worker.world_size, **found})
-            print(line)
-            if result is not None:
+            if result is None:
+                print(line)
+            else:
                 result.write_text(line)
 
 
