@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 30, 42
+WIDTH, HEIGHT = 560, 318
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 48, 42
 COLOURS = ("#3465a4", "#cc5500", "#4e9a06", "#75507b", "#a40000", "#06989a")
 Points = Sequence[tuple[float, float]]
 
@@ -38,13 +38,14 @@ def lines(title: str, x_label: str, curves: Mapping[str, Points]) -> str:
         if len(curve) == 1:
             x, y = place(*curve[0])
             body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        body.append(_text(_LEFT + 8, _TOP + 12 + 15 * number, name, "legend", "start", colour))
+        across = (WIDTH - _LEFT - _RIGHT) / len(curves)
+        body.append(_text(_LEFT + across * number, 36, name, "legend", "start", colour))
     return _svg(title, HEIGHT, body)
 
 
 def stacked_bars(title: str, unit: str, rows: Sequence[str], pieces: Mapping[str, Sequence[float]]) -> str:
     r"""A bar for each row, made of one piece for each name."""
-    height = _TOP + 26 * len(rows) + 46
+    height = _TOP + 26 * len(rows) + 34
     totals = [sum(piece[i] for piece in pieces.values()) for i in range(len(rows))]
     scale = (WIDTH - _LEFT - 90) / max([*totals, 1e-12])
     body = [_text(WIDTH / 2, 16, title, "title", "middle")]

@@ -141,6 +141,8 @@ def draw(manifest: Manifest, path: Path) -> None:
     image = matrix.imshow(traffic, cmap="viridis")
     figure.colorbar(image, ax=matrix, label="rows an exchange")
     matrix.set(xlabel="to part", ylabel="from part", title="traffic")
+    for axis in (matrix.xaxis, matrix.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     figure.suptitle(
         f"{manifest.algorithm}, {manifest.num_parts} part(s), edge cut {manifest.report['edge_cut']:.2%}"
     )
