@@ -176,15 +176,15 @@ def test_the_interface_is_that_of_the_way() -> None:
 # Leaves a process in a session of its own, as torchrun does its workers, and writes all process ids.
 _FAMILY = """
 import os, subprocess, sys, time
-orphan = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(600)"
-subprocess.Popen([sys.executable, "-c", orphan], start_new_session=True)
+orphan = "import os, signal, sys, time; signal.signal(15, int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", orphan, sys.argv[1]], start_new_session=True)
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
 
-def _kept(body: str = _FAMILY) -> tuple[subprocess.Popen[str], list[int]]:
-    command = [sys.executable, "-m", "partpar.cli.keep", "--", sys.executable, "-c", body]
+def _kept(on_sigterm: int) -> tuple[subprocess.Popen[str], list[int]]:
+    command = [sys.executable, "-m", "partpar.cli.keep", "--", sys.executable, "-c", _FAMILY, str(on_sigterm)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, [int(process.stdout.readline()) for _ in range(2)]
@@ -203,7 +203,7 @@ def _parent(pid: int) -> int:
 
 @pytest.mark.parametrize("end", ["hang up", "terminate", "kill the child"])
 def test_no_process_outlives_the_leash(end: str) -> None:
-    process, pids = _kept()
+    process, pids = _kept(signal.SIG_IGN if end == "hang up" else signal.SIG_DFL)
     assert process.stdin is not None
     assert all(_is_alive(pid) for pid in pids)
     if end == "hang up":
@@ -220,7 +220,10 @@ def test_no_process_outlives_the_leash(end: str) -> None:
 
 def test_the_exit_code_is_handed_on() -> None:
     command = [sys.executable, "-m", "partpar.cli.keep", "--", sys.executable, "-c", "raise SystemExit(7)"]
-    assert subprocess.run(command, stdin=subprocess.PIPE, timeout=60, check=False).returncode == 7
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE
+    ) as process:  # its end stays open: a leash that is held
+        assert process.wait(60) == 7
 
 
 def test_the_first_failure_ends_the_fleet() -> None:
