@@ -206,7 +206,7 @@ def test_memory_stays_below_the_prediction(algorithm: str, tmp_path: Path) -> No
     command = [sys.executable, "-c", PEAK, "100000", str(tmp_path), algorithm]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
     told = forecast(GraphData.from_pyg_data(datasets.planted(100_000)), 4, algorithm).memory
-    assert 0.2 * told <= int(done.stdout) <= told
+    assert 0.5 * told <= int(done.stdout) <= told
 
 
 # --- as a browser draws them ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from partpar.errors import PartitionError
 from partpar.graph import GraphData
 from partpar.partition.write import canonical
 
-# Bytes for each node, and for each entry of the symmetric adjacency, that a process holds at its peak beside the loaded
+# Bytes for each node, and for each entry of the symmetric adjacency, that assigning holds at its peak beside the loaded
 # graph. From above to what benchmarks/partition.py measured on six graphs of 15,000 to 330,000 nodes.
 BYTES = {
     "metis": (40, 95),
@@ -65,8 +65,8 @@ def forecast(graph: GraphData, num_parts: int, algorithm: str) -> Forecast:
     entries = sum((1 if e[0] == e[2] and is_symmetric(graph.edge_index(e)) else 2) * graph.num_edges(e) for e in graph.edge_types)
     # A node is a halo node of a part at most once for each of its out-edges, and of each other part.
     halo = 16 * min(edges, (num_parts - 1) * nodes)
-    # Writing holds one share beside the graph, and the order of all edges.
-    memory = max(for_node * nodes + for_entry * entries, files // num_parts + 24 * (nodes + edges))
+    # Writing holds one share and the order of all edges; the memory of the assignment may not have gone back by then.
+    memory = for_node * nodes + for_entry * entries + files // num_parts + 24 * (nodes + edges)
     return Forecast(memory, attributes + 16 * edges, files, halo)
 
 
