@@ -2,7 +2,8 @@ r"""What the models have in common: PyG's model zoo, one worker's rows at a time
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from partpar.nn.dropout import Dropout
 from partpar.nn.norm import with_global_statistics
 from partpar.nn.recompute import run_again
 from partpar.nn.source_rows import SourceRows
+from partpar.nn.streamed import Stages, row_wise, streamed
 from partpar.route import Route
 
 
@@ -118,13 +120,15 @@ class BasicGNN(PyGBasicGNN):
             assert isinstance(x, Tensor)
             return self._on_blocks(x, edge_index, route, per_edge)
         again = self.recompute and torch.is_grad_enabled()
+        streams = again and self._streams(x, edge_index, per_edge)
+        layer: Callable[..., Tensor] = self._streamed_layer if streams else self._layer
         if again and not hasattr(self, "jk"):
-            out = self._span(0, self.num_layers, x, edge_index, route, per_edge)
+            out = self._span(layer, 0, self.num_layers, x, edge_index, route, per_edge)
         else:
             hidden: list[Tensor | SourceRows] = [x]
             for i in range(self.num_layers):
-                layer = (i, hidden[-1], edge_index, route, per_edge)
-                hidden.append(run_again(self._layer, *layer) if again else self._layer(*layer))
+                arguments = (i, hidden[-1], edge_index, route, per_edge)
+                hidden.append(run_again(layer, *arguments) if again and not streams else layer(*arguments))
             out = self.jk(hidden[1:]) if hasattr(self, "jk") else hidden[-1]  # type: ignore[assignment]
         return self.lin(out) if hasattr(self, "lin") else out
 
@@ -145,23 +149,32 @@ class BasicGNN(PyGBasicGNN):
         out: Tensor = self.jk(of_seeds) if hasattr(self, "jk") else of_seeds[-1]
         return self.lin(out) if hasattr(self, "lin") else out
 
+    def _streams(self, x: Tensor | SourceRows, edge_index: object, per_edge: dict[str, Tensor]) -> bool:
+        """Whether layers may go over their rows piece by piece."""
+        return (
+            isinstance(edge_index, Adjacency)
+            and edge_index.num_dst == rows.owned(x).size(0)
+            and not any(name == "edge_attr" or values.requires_grad for name, values in per_edge.items())
+            and all(getattr(conv, "streams", False) for conv in self.convs)
+            and all(row_wise(module) for module in (*self.norms, self.act))
+        )
+
     def _span(
         self,
+        layer: Callable[..., Tensor],
         first: int,
         last: int,
         x: Tensor | SourceRows,
-        edge_index: Tensor | Adjacency,
-        route: Route | None,
-        per_edge: dict[str, Tensor],
+        *arguments: Any,
     ) -> Tensor:
         """Layers ``first`` to ``last - 1``, of which all but the last third are run again in the backward pass, and
         each piece likewise: what is kept grows with the logarithm of the number of layers (Griewank, "Achieving
         logarithmic growth of temporal and spatial complexity in reverse automatic differentiation", 1992)."""
         if last - first == 1:
-            return self._layer(first, x, edge_index, route, per_edge)
+            return layer(first, x, *arguments)
         middle = last - max(1, (last - first) // 3)
-        x = run_again(self._span, first, middle, x, edge_index, route, per_edge)
-        return self._span(middle, last, x, edge_index, route, per_edge)
+        x = run_again(self._span, layer, first, middle, x, *arguments)
+        return self._span(layer, middle, last, x, *arguments)
 
     def _layer(
         self,
@@ -172,7 +185,23 @@ class BasicGNN(PyGBasicGNN):
         per_edge: dict[str, Tensor],
     ) -> Tensor:
         """One convolution and what follows it, from owned rows to owned rows."""
-        out: Tensor = self.convs[i](x, edge_index, route, **per_edge)
+        return self._follow(i, self.convs[i](x, edge_index, route, **per_edge), route)
+
+    def _streamed_layer(
+        self,
+        i: int,
+        x: Tensor | SourceRows,
+        adj: Adjacency,
+        route: Route | None,
+        per_edge: dict[str, Tensor],
+    ) -> Tensor:
+        """The same, piece by piece."""
+        stages: Stages = self.convs[i].stages(x, adj, route, **per_edge)
+        modules = (self.convs[i], self.norms[i], self.act)
+        private = not hasattr(self, "jk") and i < self.num_layers - 1
+        return streamed(stages.then(partial(self._follow, i)), x, route, modules, private)
+
+    def _follow(self, i: int, out: Tensor, route: Route | None) -> Tensor:
         if i == self.num_layers - 1 and self.jk_mode is None:
             return out
         if self.act is not None and self.act_first:

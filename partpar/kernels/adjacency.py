@@ -167,10 +167,8 @@ class Adjacency:
             kept = kept()
         if kept is None:
             indptr, order = compress(self.indices, self.num_src)
-            ids = None if self.edge_ids is None else self.edge_ids.index_select(0, order)
-            kept = Adjacency(
-                indptr, self.destinations.index_select(0, order), self.num_dst, self.num_src, ids, check=False
-            )
+            destinations = self.destinations.index_select(0, order)
+            kept = Adjacency(indptr, destinations, self.num_dst, self.num_src, check=False)
             kept._kept["transpose"] = (weakref.ref(self), None)
             self._kept["transpose"] = (kept, order)
         return kept, order
@@ -202,6 +200,12 @@ class Adjacency:
 
         return self._keep(("mean_weight", dtype), build)
 
+    def rows(self, first: int, last: int) -> "Adjacency":
+        r"""The edges into destinations ``first..last-1`` alone, from the same sources; a view, not kept."""
+        begin, end = self.indptr[[first, last]].tolist()
+        indptr = self.indptr[first : last + 1] - begin
+        return Adjacency(indptr, self.indices[begin:end], self.num_src, last - first, check=False)
+
     def split(self, num_owned: int) -> Split:
         r"""The edges from owned sources, and those from the halo, as two adjacencies over all destinations.
 
@@ -226,10 +230,8 @@ class Adjacency:
             (~is_owned, self.indptr - owned_indptr, num_owned, self.num_src),
         ):
             place = mask.nonzero().view(-1)
-            ids = None if self.edge_ids is None else self.edge_ids[place]
-            halves.append(
-                Adjacency(indptr, self.indices[place] - first, last - first, self.num_dst, ids, check=False)
-            )
+            indices = self.indices[place] - first
+            halves.append(Adjacency(indptr, indices, last - first, self.num_dst, check=False))
             places.append(place)
         return Split(halves[0], halves[1], places[0], places[1])
 

@@ -256,11 +256,10 @@ class _Extreme(torch.autograd.Function):
         indptr, indices = ctx.adj.indptr.numpy(), ctx.adj.indices.numpy()
         if bool(unclear.any()):
             shared = shared.clone() if shared.data_ptr() == grad.data_ptr() else shared
-            args = (indptr, indices, _flat(x, columns), _flat(out, columns), unclear.numpy())
-            for_rows(_share_rows, indptr, columns, (*args, _flat(shared, columns)))
+            rows = (_flat(x, columns), _flat(out, columns), unclear.numpy(), _flat(shared, columns))
+            for_rows(_share_rows, indptr, columns, (indptr, indices, *rows))
         there, grad_x = ctx.adj.transposed, torch.empty_like(x)
-        rows = (place, out, shared, x, grad_x)
-        by_row = [_flat(part, columns) for part in rows]
+        by_row = [_flat(part, columns) for part in (place, out, shared, x, grad_x)]
         args = (there.indptr.numpy(), there.indices.numpy(), _numbers(ctx.adj).numpy())
         for_rows(_give_rows, there.indptr.numpy(), columns, (*args, by_row[0], unclear.numpy(), *by_row[1:]))
         return None, grad_x.to(grad.dtype), None

@@ -3,6 +3,7 @@ r"""Graph convolution whose degrees are those of the whole graph."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch_geometric.utils import add_remaining_self_loops, scatter
 
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.neighbour_sum import Edges
-from partpar.nn.neighbourhood import edge_index_of, kept, sum_neighbours, with_self_loops
+from partpar.nn.neighbourhood import edge_index_of, kept, sum_neighbours, sum_of, with_self_loops
 from partpar.nn.rows import (
     Rows,
     check_edges,
@@ -25,6 +26,7 @@ from partpar.nn.rows import (
     with_halo,
 )
 from partpar.nn.source_rows import SourceRows
+from partpar.nn.streamed import Stages, stages_of
 from partpar.route import Route
 
 
@@ -94,6 +96,17 @@ class NormalisedSum:
             return edges.sum(x)
         scale = self.scale.unsqueeze(1)
         return edges.sum(x * scale) * scale[: self.adj.num_dst]
+
+    @cached_property
+    def entries(self) -> Tensor | None:
+        r"""``[E]``, the entries of the normalised adjacency matrix."""
+        if self.scale is None:
+            return self.weight
+        entries = self.scale[: self.adj.num_dst].repeat_interleave(
+            self.adj.degrees, output_size=self.adj.num_edges
+        )
+        entries *= self.scale.index_select(0, self.adj.indices)
+        return entries if self.weight is None else entries.mul_(self.weight)
 
 
 def normalised_sum(
@@ -203,16 +216,16 @@ class GCNConv(pyg_nn.GCNConv):
         out: Tensor = self.propagate(edge_index, x=through(self.lin, x, route), edge_weight=edge_weight)
         return out if self.bias is None else out + self.bias
 
-    def _by_kernel(
-        self, x: Rows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None
-    ) -> Tensor:
+    def _by_kernel(self, x: Rows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None) -> Tensor:
         """Linear map and sum commute: the narrower side of the map is summed, and travels."""
         dtype = owned(x).dtype
         norm = self._norm(adj, route, edge_weight, dtype)
         if isinstance(x, SourceRows):
             # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
             if self.in_channels <= 2 * self.out_channels:
-                out = self.lin(x.keep(norm, lambda: norm.of_sources(x.rows) if x.fetched else norm(x.owned, route)))
+                out = self.lin(
+                    x.keep(norm, lambda: norm.of_sources(x.rows) if x.fetched else norm(x.owned, route))
+                )
             else:
                 out = norm.of_sources(self.lin(x.rows))
         elif isinstance(x, tuple):
@@ -222,6 +235,32 @@ class GCNConv(pyg_nn.GCNConv):
             out = self.lin(norm(x, route))
         else:
             out = norm(self.lin(x), route)
+        return out if self.bias is None else out + self.bias
+
+    @property
+    def streams(self) -> bool:
+        r"""Whether :meth:`stages` may be called."""
+        return not isinstance(self.lin.weight, torch.nn.UninitializedParameter)
+
+    def stages(
+        self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None = None
+    ) -> Stages:
+        r"""The layer in a form that may go over its rows piece by piece (collective)."""
+        check_edges(self, x, adj, route, edge_weight=edge_weight)
+        norm = self._norm(adj, route, edge_weight, owned(x).dtype)
+        constant = isinstance(x, SourceRows)
+        if self.in_channels <= (2 if constant else 1) * self.out_channels:
+            plan = sum_of(norm.adj, route, norm.entries)
+            return stages_of(plan, x, lambda total, *_: self._with_bias(self.lin(total)))
+
+        def after(total: Tensor, *_: Any) -> Tensor:
+            return self._with_bias(total)
+
+        if isinstance(x, SourceRows):
+            return Stages(Edges(norm.adj, norm.entries), after, self.lin, sources=x.rows)
+        return Stages(sum_of(norm.adj, route, norm.entries), after, self.lin)
+
+    def _with_bias(self, out: Tensor) -> Tensor:
         return out if self.bias is None else out + self.bias
 
     def _norm(

@@ -12,8 +12,10 @@ from torch_geometric.typing import OptPairTensor, OptTensor
 
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn import rows
-from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
+from partpar.nn.neighbourhood import edge_index_of, sum_neighbours, sum_of
 from partpar.nn.rows import Rows, check_edges, check_flow, of_block, owned, with_halo
+from partpar.nn.source_rows import SourceRows
+from partpar.nn.streamed import Stages, row_wise, stages_of
 from partpar.route import Route
 
 
@@ -47,9 +49,7 @@ class GINConv(pyg_nn.GINConv):
         super().__init__(nn, eps, train_eps, **kwargs)
         check_flow(self, self.flow)
 
-    def forward(
-        self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None
-    ) -> Tensor:
+    def forward(self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
@@ -64,6 +64,20 @@ class GINConv(pyg_nn.GINConv):
         else:
             out = self.propagate(edge_index, x=(with_halo(x, route), owned(x)))
         return rows.call(self.nn, out + (1 + self.eps) * owned(x), route)
+
+    @property
+    def streams(self) -> bool:
+        r"""Whether :meth:`stages` may be called."""
+        return row_wise(self.nn)
+
+    def stages(self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None) -> Stages:
+        r"""The layer in a form that may go over its rows piece by piece (collective)."""
+        check_edges(self, x, adj, route)
+
+        def after(total: Tensor, x: Tensor, route: Route) -> Tensor:
+            return rows.call(self.nn, total + (1 + self.eps) * x, route)
+
+        return stages_of(sum_of(adj, route), x, after)
 
 
 class GINEConv(pyg_nn.GINEConv):

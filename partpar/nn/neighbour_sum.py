@@ -14,7 +14,9 @@ are added at last; likewise backwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +27,15 @@ from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_sum
 from partpar.route import Route
 from partpar.transfer import Blocks, BlocksInFlight
+
+PIECE = 2048  # rows: enough for kernels to be at their best, few enough to stay near the cores
+RowsOf = Callable[[int, int], Tensor]
+
+
+def pieces(num_rows: int) -> Iterator[tuple[int, int]]:
+    r"""Cuts rows into ranges ``(first, last)`` of at most :data:`PIECE`; one, empty, if there are none."""
+    for first in range(0, max(num_rows, 1), PIECE):
+        yield first, min(first + PIECE, num_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +49,30 @@ class Edges:
         r"""Sums source rows over in-edges, on top of :obj:`out` (in place) if one is given."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return aggregate_sum(self.adj, x, weight, out)
+
+    @cached_property
+    def transposed(self) -> Edges:
+        r"""The same edges from destinations to sources."""
+        weight = None if self.weight is None else self.weight.index_select(0, self.adj.transpose_order)
+        return Edges(self.adj.transposed, weight)
+
+    def rows(self, first: int, last: int) -> Edges:
+        r"""The edges into destinations ``first`` to ``last - 1`` alone."""
+        begin, end = self.adj.indptr[[first, last]].tolist()
+        return Edges(self.adj.rows(first, last), None if self.weight is None else self.weight[begin:end])
+
+    def fetch(self, x: Tensor) -> Tensor:
+        r"""No slots: all sources are at hand."""
+        return x.new_empty((0, *x.shape[1:]))
+
+    def begin(self, x: Tensor, received: Tensor | None = None) -> RowsOf:
+        r"""What gives the sum for a range of destinations, without gradient."""
+        return lambda first, last: self.rows(first, last).sum(x)
+
+    def add_transposed(self, grad: Tensor, out: Tensor) -> None:
+        r"""Adds to :obj:`out` what its gradient is if that of the sum is :obj:`grad`."""
+        for first, last in pieces(out.size(0)):
+            out[first:last] += self.transposed.rows(first, last).sum(grad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +104,35 @@ class NeighbourSum:
             ``[num_owned, C]``.
         """
         self.route.check("sum over in-neighbours", x)
-        slots = x.index_select(0, self.route.send_index) if self.send is None else self.send.sum(x)
-        wire_dtype = self.route.blocks.wire_dtype
-        flight = BlocksInFlight(slots, replace(self.blocks, wire_dtype=wire_dtype))
+        flight = BlocksInFlight(self._slots(x), self._wire)
         out = self.own.sum(x, base)
         return self.halo.sum(flight.wait(), out)
+
+    def fetch(self, x: Tensor) -> Tensor:
+        r"""The slots that other workers send (collective), without gradient."""
+        self.route.check("sum over in-neighbours", x)
+        return self._wire.begin(self._slots(x)).wait()
+
+    def begin(self, x: Tensor, received: Tensor) -> RowsOf:
+        r"""What gives the sum for a range of owned rows from all of them and the slots received, without gradient."""
+        own = self.own.begin(x)
+        return lambda first, last: self.halo.rows(first, last).sum(received, own(first, last))
+
+    def add_transposed(self, grad: Tensor, out: Tensor) -> None:
+        r"""Adds to :obj:`out`, ``[num_owned, C]``, what its gradient is if that of the sum is :obj:`grad` (collective)."""
+        flight = self._wire.back().begin(self.halo.transposed.sum(grad))
+        self.own.add_transposed(grad, out)
+        if self.send is None:
+            out.index_add_(0, self.route.send_index, flight.wait())
+        else:
+            self.send.transposed.sum(flight.wait(), out)
+
+    def _slots(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.route.send_index) if self.send is None else self.send.sum(x)
+
+    @property
+    def _wire(self) -> Blocks:
+        return replace(self.blocks, wire_dtype=self.route.blocks.wire_dtype)
 
     def bytes_per_peer(self, width: int, dtype: torch.dtype = torch.float32) -> list[int]:
         r"""Bytes that one sum of rows of :obj:`width` elements sends to each rank."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partpar.kernels import heap
 from partpar.kernels.adjacency import Adjacency
-from partpar.nn.neighbour_sum import Edges, plan_sum
+from partpar.nn.neighbour_sum import Edges, NeighbourSum, plan_sum
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
@@ -20,6 +21,7 @@ def kept(adj: Adjacency, route: Route | None, name: Any, build: Callable[[], Any
     key = (name, id(route))
     if key not in adj._kept:
         adj._kept[key] = (route, build())  # the route lives as long as its id is a key
+        heap.give_back()  # a plan takes several times its size to make
     return adj._kept[key][1]
 
 
@@ -47,13 +49,27 @@ def sum_neighbours(
     """
     if isinstance(x, tuple):
         return Edges(adj, weight).sum(x[0])
-    name = ("sum", None if weight is None else (id(weight), weight._version))
     if isinstance(x, SourceRows):
-        return x.keep((name, id(adj)), lambda: sum_neighbours(adj, x.owned, route, weight))
-    if route is None or route.group is None:
-        return Edges(adj, weight).sum(x)
-    _, plan = kept(adj, route, name, lambda: (weight, plan_sum(adj, route, weight)))
-    return plan(x)
+        return x.keep((_name(weight), id(adj)), lambda: sum_neighbours(adj, x.owned, route, weight))
+    plan = sum_of(adj, route, weight)
+    return plan.sum(x) if isinstance(plan, Edges) else plan(x)
+
+
+def sum_of(adj: Adjacency, route: Route | None, weight: Tensor | None = None) -> Edges | NeighbourSum:
+    r"""How the rows of in-neighbours are summed, planned once (collective)."""
+
+    def build() -> tuple[Tensor | None, Edges | NeighbourSum]:
+        if route is None or route.group is None:
+            return weight, Edges(adj, weight)
+        return weight, plan_sum(adj, route, weight)
+
+    plan: Edges | NeighbourSum = kept(adj, route, _name(weight), build)[1]
+    return plan
+
+
+def _name(weight: Tensor | None) -> tuple[str, Any]:
+    """A weight is kept with what is called after it, so that its id stays its own."""
+    return "sum", None if weight is None else (id(weight), weight._version)
 
 
 @dataclass(frozen=True, eq=False)

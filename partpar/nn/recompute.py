@@ -14,12 +14,12 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
-class _Tape:
-    """What the first run drew from, in order, for the second to repeat. Where runs are nested, the first run of an
-    inner one may be part of an outer one's second, and then repeats that."""
+class Tape:
+    r"""What the first run drew from, in order, for the second and those that follow to repeat. Where runs are nested,
+    the first run of an inner one may be part of an outer one's second, and then repeats that."""
 
-    def __init__(self, outer: _Tape | None) -> None:
-        self.outer = outer
+    def __init__(self) -> None:
+        self.outer = _tape.get()
         self.steps: list[int] = []
         self.replayed: int | None = None  # how many steps were read again; None in the first run
 
@@ -30,8 +30,25 @@ class _Tape:
         self.replayed += 1
         return self.steps[self.replayed - 1]
 
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        token = _tape.set(self)
+        try:
+            yield
+        finally:
+            _tape.reset(token)
 
-_tape: ContextVar[_Tape | None] = ContextVar("partpar_recompute", default=None)
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        self.replayed = 0
+        try:
+            with self.first():
+                yield
+        finally:
+            self.replayed = None
+
+
+_tape: ContextVar[Tape | None] = ContextVar("partpar_recompute", default=None)
 
 
 def recomputing() -> bool:
@@ -52,25 +69,9 @@ def step_of(advance: Callable[[], int]) -> int:
 
 def run_again(function: Callable[..., Any], *args: Any) -> Any:
     r"""Calls ``function(*args)`` and keeps only its arguments for the backward pass. Calls may be nested."""
-    tape = _Tape(_tape.get())
-
-    @contextmanager
-    def first() -> Iterator[None]:
-        token = _tape.set(tape)
-        try:
-            yield
-        finally:
-            _tape.reset(token)
-
-    @contextmanager
-    def second() -> Iterator[None]:
-        token, tape.replayed = _tape.set(tape), 0
-        try:
-            yield
-        finally:
-            _tape.reset(token)
-            tape.replayed = None
-
+    tape = Tape()
     # To its end on every rank: one that stopped early would miss an exchange.
     with set_checkpoint_early_stop(False):
-        return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (first(), second()))
+        return checkpoint(
+            function, *args, use_reentrant=False, context_fn=lambda: (tape.first(), tape.again())
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch_geometric.typing import OptPairTensor
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_max, aggregate_min
 from partpar.nn.neighbour_sum import Edges
-from partpar.nn.neighbourhood import edge_index_of, sum_neighbours
+from partpar.nn.neighbourhood import edge_index_of, sum_neighbours, sum_of
 from partpar.nn.rows import Rows, check_edges, check_flow, of_block, owned, through, with_halo
 from partpar.nn.source_rows import SourceRows
+from partpar.nn.streamed import Stages, stages_of
 from partpar.route import Route
 
 
@@ -52,9 +54,7 @@ class SAGEConv(pyg_nn.SAGEConv):
                 "fails on a worker without edges; use 'mean', 'max' or another"
             )
 
-    def forward(
-        self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None
-    ) -> Tensor:
+    def forward(self, x: Rows, edge_index: Tensor | Adjacency, route: Route | None = None) -> Tensor:
         r"""Runs the layer on owned rows.
 
         Args:
@@ -70,9 +70,47 @@ class SAGEConv(pyg_nn.SAGEConv):
         else:
             pair = (through(self._project, x, route)[0], owned(x))
             out = self.lin_l(self.propagate(edge_index, x=pair))
+        return self._with_root(out, owned(x))
+
+    def _with_root(self, out: Tensor, x: Tensor) -> Tensor:
         if self.root_weight:
-            out = out + self.lin_r(owned(x))
+            out = out + self.lin_r(x)
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+
+    @property
+    def streams(self) -> bool:
+        r"""Whether :meth:`stages` may be called."""
+        lazy = any(isinstance(p, torch.nn.UninitializedParameter) for p in self.parameters())
+        return type(self.aggr_module) in (pyg_nn.MeanAggregation, pyg_nn.SumAggregation) and not lazy
+
+    def stages(self, x: Tensor | SourceRows, adj: Adjacency, route: Route | None) -> Stages:
+        r"""The layer in a form that may go over its rows piece by piece (collective)."""
+        check_edges(self, x, adj, route)
+        rows = owned(x)
+        is_mean = type(self.aggr_module) is pyg_nn.MeanAggregation
+        scale = adj.degrees.clamp(min=1).to(rows.dtype).reciprocal().unsqueeze(1) if is_mean else None
+        constant, width = isinstance(x, SourceRows), rows.size(1)
+        map_first = self.out_channels < width and not (constant and width <= 2 * self.out_channels)
+        if not (map_first or self.project):
+            return stages_of(
+                sum_of(adj, route),
+                x,
+                lambda total, rows, _: self._with_root(self.lin_l(total), rows),
+                scale=scale,
+            )
+
+        def before(rows: Tensor) -> Tensor:
+            rows = self._project(rows)
+            return F.linear(rows, self.lin_l.weight) if map_first else rows
+
+        def after(total: Tensor, rows: Tensor, _: Route) -> Tensor:
+            if not map_first:
+                return self._with_root(self.lin_l(total), rows)
+            return self._with_root(total if self.lin_l.bias is None else total + self.lin_l.bias, rows)
+
+        if isinstance(x, SourceRows):
+            return Stages(Edges(adj), after, before, scale, x.rows)
+        return Stages(sum_of(adj, route), after, before, scale)
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.lin(x).relu() if self.project else x
