@@ -167,6 +167,24 @@ def draw_again(patch: Patch, share: HandmadeShare) -> None:
     patch.setattr(nn.dropout, "step_of", lambda advance: advance())
 
 
+def drop_a_fetched_slot(patch: Patch, share: HandmadeShare) -> None:
+    fetch = neighbour_sum.NeighbourSum.fetch
+
+    def mutant(self: neighbour_sum.NeighbourSum, x: Tensor) -> Tensor:
+        rows = fetch(self, x)
+        rows[rows.size(0) - 1 :] = 0
+        return rows
+
+    patch.setattr(neighbour_sum.NeighbourSum, "fetch", mutant)
+
+
+def keep_gradients_of_fetched_slots(patch: Patch, share: HandmadeShare) -> None:
+    add = neighbour_sum.Edges.add_transposed
+    patch.setattr(
+        neighbour_sum.NeighbourSum, "add_transposed", lambda self, grad, out: add(self.own, grad, out)
+    )
+
+
 # Each mutant, and the model that it is seen on.
 MUTANTS: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
     (drop_a_halo_row, "GraphSAGE"),
@@ -190,10 +208,22 @@ BY_KERNEL: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
     (stale_halo, "GraphSAGE"),
     (draw_again, "GIN"),
 ]
+# Of layers that go over their rows piece by piece, which they do where norms are of single rows.
+STREAMED: list[tuple[Callable[[Patch, HandmadeShare], None], str]] = [
+    (drop_a_fetched_slot, "GCN"),
+    (keep_gradients_of_fetched_slots, "GraphSAGE"),
+    (draw_again, "GIN"),
+]
+BATCH_NORM: dict[str, Any] = {"norm": "batch_norm"}
+ROW_NORM: dict[str, Any] = {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}}
 
 
 def compare(
-    worker: Worker, name: str, mutate: Callable[[Patch, HandmadeShare], None] | None, by_kernel: bool = False
+    worker: Worker,
+    name: str,
+    mutate: Callable[[Patch, HandmadeShare], None] | None,
+    by_kernel: bool = False,
+    norm: dict[str, Any] = BATCH_NORM,
 ) -> tuple[float, float]:
     r"""The largest errors of three steps' losses and gradients, without dropout against PyG in one process,
     with dropout against ours in one process. By kernels, layers are run again as well."""
@@ -202,7 +232,7 @@ def compare(
     trained: list[tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]] = []
     for p in (0.0, 0.5):
         torch.manual_seed(0)
-        options = {"norm": "batch_norm", "dropout": p, **({"heads": 2} if name == "GAT" else {})}
+        options = {**norm, "dropout": p, **({"heads": 2} if name == "GAT" else {})}
         model = getattr(models, name)(8, 8, 2, 4, **options).double()
         one = getattr(pyg if p == 0 else models, name)(8, 8, 2, 4, **options).double()
         one.load_state_dict(model.state_dict())
@@ -264,8 +294,20 @@ def test_mutant_of_the_kernels_way_is_noticed(
     assert max(max(errors) for errors in gang.run(compare, 3, name, mutate, True)) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GIN"])
+def test_streamed_layers_without_a_mutant_agree(gang: Gang, name: str) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, None, True, ROW_NORM)) < 1e-10
+
+
+@pytest.mark.parametrize(("mutate", "name"), STREAMED, ids=[mutate.__name__ for mutate, _ in STREAMED])
+def test_mutant_of_streamed_layers_is_noticed(
+    gang: Gang, mutate: Callable[[Patch, HandmadeShare], None], name: str
+) -> None:
+    assert max(max(errors) for errors in gang.run(compare, 3, name, mutate, True, ROW_NORM)) > 1e-6
+
+
 def test_all_are_listed() -> None:
     listed = Path(__file__).with_name("MUTANTS.rst").read_text()
     assert [
-        mutate.__name__ for mutate, _ in MUTANTS + BY_KERNEL if f"``{mutate.__name__}``" not in listed
+        mutate.__name__ for mutate, _ in MUTANTS + BY_KERNEL + STREAMED if f"``{mutate.__name__}``" not in listed
     ] == []
