@@ -26,14 +26,14 @@ def run(folder: Path, script: str, workers: int | None, *words: str) -> list[dic
 
 
 def test_nodes(tmp_path: Path) -> None:
-    words = ("--nodes", "600", "--epochs", "4", "--hidden", "16")
+    words = ("--nodes", "1000", "--epochs", "5", "--hidden", "32", "--batch-size", "16", "--dropout", "0")
     (*_, alone) = run(tmp_path, "train_mini_batch.py", None, *words)
     assert alone["val"] > 0.5, "of eight classes"
 
 
 @pytest.mark.soak
 def test_nodes_by_two_workers(tmp_path: Path) -> None:
-    words = ("--nodes", "2000", "--epochs", "6", "--hidden", "32")
+    words = ("--nodes", "2000", "--epochs", "6", "--hidden", "32", "--batch-size", "16", "--dropout", "0")
     alone, together = (run(tmp_path, "train_mini_batch.py", workers, *words)[-1] for workers in (None, 2))
     assert together["val"] > 0.6
     assert abs(alone["val"] - together["val"]) < 0.1
