@@ -154,6 +154,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max())
 
 
+@pytest.mark.core_on(2)
 @pytest.mark.parametrize("model", ["GIN", "GINE"])
 @pytest.mark.parametrize("name", ["cora", "mutag"])
 def test_training_equals_pyg(gang: Gang, world_size: int, model: str, name: str) -> None:
@@ -190,6 +191,7 @@ def learned_run(worker: Worker, with_x: bool, embedding_dim: int) -> Run:
     return run._replace(rows=torch.cat(rows))
 
 
+@pytest.mark.core_on(3)
 @pytest.mark.parametrize(("with_x", "embedding_dim"), [(True, 8), (False, 5)])
 def test_learned_rows_are_those_of_one_worker(gang: Gang, world_size: int, with_x: bool, embedding_dim: int) -> None:
     alone = gang.run(learned_run, 1, with_x, embedding_dim)[0]
@@ -219,6 +221,7 @@ def in_chunks(worker: Worker, model: str, chunk_size: int, jk: str | None) -> tu
     return difference(pieces, whole) if len(whole) else 0.0, bool(asked) and max(asked) <= most
 
 
+@pytest.mark.core_on(2)
 @pytest.mark.parametrize(("model", "jk"), [("GIN", None), ("GINE", "cat")])
 def test_inference_holds_a_chunk_and_is_exact(gang: Gang, world_size: int, model: str, jk: str | None) -> None:
     for error, small in gang.run(in_chunks, world_size, model, 7, jk):
@@ -258,6 +261,7 @@ def layers(worker: Worker) -> None:
     assert conv.output.shape == (len(rows), 4)
 
 
+@pytest.mark.core_on(2)
 def test_layers_with_learned_rows_equal_pyg_layers(gang: Gang, world_size: int) -> None:
     gang.run(layers, world_size)
 

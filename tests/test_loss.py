@@ -47,6 +47,7 @@ def mean_case(worker: Worker, how: str, dtype: torch.dtype) -> tuple[float, floa
     )
 
 
+@pytest.mark.core_on(1, 3)
 @pytest.mark.parametrize("how", ["route", "group", "default"])
 def test_value_and_gradient(gang: Gang, world_size: int, how: str) -> None:
     results = gang.run(mean_case, world_size, how, torch.float64)

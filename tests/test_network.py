@@ -70,6 +70,7 @@ def hidden(worker: Worker, seconds: float) -> tuple[float, float]:
         return early, network.traffic.visible_seconds
 
 
+@pytest.mark.core_on(2, 3)
 def test_exchanges_take_what_the_network_needs(gang: Gang, world_size: int) -> None:
     gang.run(delayed, world_size, 0.05, 0.02)
 

@@ -32,6 +32,7 @@ def at_any_time(worker: Worker, dtype: torch.dtype) -> None:
         assert torch.equal(t[[0, 9, 29]], torch.stack([torch.ones(3).to(dtype)] * 2 + [whole[2]]))
 
 
+@pytest.mark.core_on(2)
 def test_rows_move_whatever_the_others_do(gang: Gang, world_size: int) -> None:
     gang.run(at_any_time, world_size, torch.float32)
 

@@ -354,6 +354,7 @@ def routed(worker: Worker, root: str, num_parts: int) -> None:
     assert route.order is None and route.num_halo == share.num_halo()
 
 
+@pytest.mark.core_on(1, 3)
 def test_share_makes_its_route(gang: Gang, world_size: int, tmp_path: Path) -> None:
     GraphData.from_pyg_data(directed_graph()).partition_graph(tmp_path, world_size)
     gang.run(routed, world_size, str(tmp_path), world_size)

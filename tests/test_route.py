@@ -122,6 +122,7 @@ def gather_copies(worker: Worker, s: Scenario, y: Tensor) -> dict[int, Tensor]:
     return {int(i): rows[ids == i] for i in ids.unique()}
 
 
+@pytest.mark.core_on(1, 2, 4)
 @pytest.mark.parametrize("canonical", [True, False], ids=["owned-first", "any-order"])
 def test_algebra(gang: Gang, world_size: int, canonical: bool) -> None:
     @SCENARIO
@@ -162,6 +163,7 @@ def traffic(worker: Worker, seed: int, width: int) -> None:
         exchange.all_to_all = real
 
 
+@pytest.mark.core_on(1, 3)
 def test_only_what_is_announced_travels(gang: Gang, world_size: int) -> None:
     for seed in range(5):
         gang.run(traffic, world_size, seed, 3)
@@ -192,6 +194,7 @@ def dtypes(worker: Worker) -> None:
     assert torch.equal(route.apply(x), s.rows(s.src).repeat(1, 2)[:, ::2])
 
 
+@pytest.mark.core_on(1, 3)
 def test_every_dtype_travels(gang: Gang, world_size: int) -> None:
     gang.run(dtypes, world_size)
 
@@ -207,6 +210,7 @@ def ties(worker: Worker) -> list[float]:
     return [float(g) for g in x.grad[route.raw_ids == 0]]
 
 
+@pytest.mark.core_on(1, 4)
 def test_ties_share_their_gradient(gang: Gang, world_size: int) -> None:
     shares = [g for rank in gang.run(ties, world_size) for g in rank]
     assert shares == pytest.approx([1 / world_size] * world_size)
@@ -362,5 +366,6 @@ def rounded(worker: Worker) -> None:
         exact.with_policy(wire_dtype=torch.int8)
 
 
+@pytest.mark.core_on(2, 3)
 def test_wire_dtype(gang: Gang, world_size: int) -> None:
     gang.run(rounded, world_size)

@@ -61,6 +61,7 @@ def examples(number: int) -> Any:
     return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=checks)
 
 
+@pytest.mark.core_on(2, 3)
 @given(play=plays())
 @examples(10)
 def test_any_sequence_equals_the_dense_one(gang: Gang, world_size: int, play: Play) -> None:
@@ -74,6 +75,7 @@ def test_many_sequences_equal_the_dense_one(gang: Gang, world_size: int, play: P
     compare(gang, world_size, play)
 
 
+@pytest.mark.core_on(3)
 @pytest.mark.parametrize("optimiser", sorted(OPTIMISERS))
 def test_duplicates_within_and_across_ranks_are_summed(gang: Gang, world_size: int, optimiser: str) -> None:
     r"""Several lookups a step, one id in all hands, an empty hand, and a table that only some steps reach."""
@@ -100,6 +102,7 @@ def train_float32(worker: Worker, optimiser: str) -> Tensor:
     return table(torch.arange(50)).detach()
 
 
+@pytest.mark.core_on(2)
 @pytest.mark.parametrize("optimiser", sorted(OPTIMISERS))
 def test_the_same_bits_for_any_number_of_workers(gang: Gang, world_size: int, optimiser: str) -> None:
     alone = gang.run(train_float32, 1, optimiser)[0]
@@ -146,6 +149,7 @@ def every_dtype(worker: Worker) -> None:
     assert DistTensor((0, 4))[torch.empty(0, dtype=torch.int64)].shape == (0, 4)
 
 
+@pytest.mark.core_on(2)
 def test_every_dtype_and_shape_moves(gang: Gang, world_size: int) -> None:
     gang.run(every_dtype, world_size)
 
@@ -309,6 +313,7 @@ def split(worker: Worker, mask: Tensor, offsets: tuple[int, ...], even: bool) ->
     ]
 
 
+@pytest.mark.core_on(2, 3)
 @pytest.mark.parametrize("even", [True, False])
 def test_ids_are_dealt_local_ones_first(gang: Gang, world_size: int, even: bool) -> None:
     mask = torch.rand(53, generator=torch.Generator().manual_seed(3)) < 0.6

@@ -102,6 +102,7 @@ def deal(worker: Worker, chosen: torch.Tensor) -> GraphBatch:
     return GraphBatch(batch.nodes, batch.edges, batch.edge_index, batch.batch, batch.y, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.core_on(2)
 def test_batches_are_those_of_pyg(gang: Gang, world_size: int) -> None:
     graphs, chosen = collection(), torch.tensor([7, 2, 2, 5, 0])
     parts = [

@@ -173,6 +173,7 @@ def _first(worker: Any) -> list[Any]:
     return [value, training.first_rank(lambda: None, worker.group)]
 
 
+@pytest.mark.core_on(2)
 def test_rank_0_works_for_all(gang: Gang, world_size: int) -> None:
     assert gang.run(_first, world_size) == [[{"folder": "x", "by": 0}, None]] * world_size
 
@@ -198,6 +199,7 @@ def _rows(worker: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.core_on(1, 3)
 def test_rows_and_numbers_of_all_ranks(gang: Gang, world_size: int) -> None:
     rows = [[float(rank)] * 2 for rank in range(world_size) for _ in range(rank)]
     numbers = [[float(rank), 7.0] for rank in range(world_size)]
@@ -224,6 +226,7 @@ def _metrics(worker: Any, num_classes: int, name: str, uneven: bool) -> float:
     return training.measure(name, logits[rows], labels[rows], mask[rows], route)
 
 
+@pytest.mark.core_on(1, 3)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_metrics_are_those_of_one_process(gang: Gang, world_size: int, uneven: bool) -> None:
     logits, labels, mask = _predictions(5)
