@@ -2,7 +2,7 @@ r"""An epoch of training on the full graph: PyG in one process, partpar on 1, 2 
 
 .. code-block:: bash
 
-    python benchmarks/full_graph.py --json full_graph.json --rst docs/full_graph.rst
+    python benchmarks/full_graph.py --json full_graph.json --rst docs/full_graph_speed.rst
 
 A generated graph with communities and heavy-tailed degrees is cut once. Then all contenders take turns, round
 after round, each in fresh processes; an epoch is forward pass, loss, backward pass and Adam's step over the
