@@ -170,6 +170,7 @@ def run_processes(target: Any, count: int, *args: Any) -> None:
     assert codes == [0] * count, (codes, errors.get() if not errors.empty() else "no error was told")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("num_parts", [3])
 def test_samplers_over_stores_made_by_hand(num_parts: int) -> None:
     draw = torch.Generator().manual_seed(0)

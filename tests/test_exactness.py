@@ -286,14 +286,15 @@ CASES += [("directed", "metis", "adj"), ("cora", "random", "kept"), ("citeseer",
 # On how many ranks the core runs a case, 2 unless said here; the rest of the matrix is left to the soak tests.
 CORE = {
     ("directed", "given", "edge_index"): (1, 2, 4),
-    ("directed", "random", "edge_index"): (2, 3),
-    ("directed", "metis", "adj"): (1, 2, 4),
+    ("directed", "random", "edge_index"): (2,),
+    ("directed", "metis", "adj"): (1, 3),
     ("directed", "given", "adj"): (2, 3),
     ("directed", "given", "recompute"): (1, 3),
-    ("cora", "metis", "edge_index"): (2, 4),
-    ("cora", "random", "kept"): (1, 3),
+    ("cora", "metis", "edge_index"): (2,),
+    ("cora", "random", "kept"): (2,),
     **{("cora", algorithm, "edge_index"): () for algorithm in ("multi-constraint-metis", "ldg", "random", "given")},
-    **{("citeseer", algorithm, "edge_index"): () for algorithm in ALGORITHMS if algorithm != "random"},
+    ("citeseer", "ldg", "recompute"): (),
+    **{("citeseer", algorithm, "edge_index"): () for algorithm in ALGORITHMS},
 }
 
 
@@ -339,7 +340,9 @@ def test_the_reference_learns() -> None:
             assert run.grads.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize(
+    "graph", ["directed", *(pytest.param(graph, marks=pytest.mark.soak) for graph in GRAPHS[1:])]
+)
 def test_dropout_agrees_for_any_number_of_workers(gang: Gang, partitions: Any, graph: str) -> None:
     state, expected, _ = reference(graph)
     runs = {}

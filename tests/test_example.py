@@ -65,7 +65,9 @@ def test_one_process_and_two_workers_train_alike(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("model", ["gcn", "gat", "gin", "simple"])
+@pytest.mark.parametrize(
+    "model", ["gcn", *(pytest.param(model, marks=pytest.mark.soak) for model in ("gat", "gin", "simple"))]
+)
 def test_every_model_trains(model: str, tmp_path: Path) -> None:
     norm = [] if model == "simple" else ["--norm", "batch_norm"]
     words = [
@@ -91,12 +93,14 @@ def test_every_model_trains(model: str, tmp_path: Path) -> None:
     assert len(records) == min(40, best + 1 + 3), "patience counts from the best epoch"
 
 
+@pytest.mark.faults
 def test_a_cut_that_fails_on_rank_0_ends_every_rank(tmp_path: Path) -> None:
     done = _run(tmp_path, 2, "--npz", "none.npz")
     assert done.returncode == 1
     assert "GraphError: none.npz: expected an .npz file of arrays, found none there" in done.stderr
 
 
+@pytest.mark.soak
 def test_another_partition_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert _run(tmp_path, None, *SMALL).returncode == 0
     refused = _run(tmp_path, None, *SMALL, "--seed", "1")
@@ -141,7 +145,8 @@ def cora(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("workers", [2, 4])
 def test_gcn_learns_cora(gang: Gang, cora: str, workers: int) -> None:
     r"""Kipf and Welling (ICLR 2017) report 81.5 % on this split."""
     recipe = {
@@ -156,6 +161,7 @@ def test_gcn_learns_cora(gang: Gang, cora: str, workers: int) -> None:
     assert mean(accuracies) >= 0.805, accuracies
 
 
+@pytest.mark.soak
 def test_sage_learns_tolokers_as_one_process_does(gang: Gang, tmp_path: Path) -> None:
     data = datasets.from_npz(npz_path("tolokers"))
     graph = GraphData.from_pyg_data(data)

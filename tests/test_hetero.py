@@ -283,7 +283,7 @@ def agree(gang: Gang, root: Path, graph: str, algorithm: str, way: str, num_part
 @pytest.mark.filterwarnings("ignore:.*balance", "ignore:There exist node types")
 @pytest.mark.parametrize(
     ("num_parts", "algorithm", "way"),
-    [(2, "given", "kept"), (4, "random", "edge_index")],
+    [(2, "given", "kept"), pytest.param(4, "random", "edge_index", marks=pytest.mark.soak)],
 )
 def test_training_is_that_of_one_process(
     gang: Gang, cut: Any, num_parts: int, algorithm: str, way: str

@@ -69,7 +69,7 @@ def sums(worker: Worker, kind: str, seed: int, weighted: bool, partial: bool) ->
     return sent, sum(share.route.bytes_per_peer(3, torch.float64))
 
 
-@pytest.mark.core_on(1, 3)
+@pytest.mark.core_on(3)
 @pytest.mark.parametrize("partial", [True, False], ids=["partial", "rows"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 def test_equals_the_whole_graph(gang: Gang, world_size: int, weighted: bool, partial: bool) -> None:

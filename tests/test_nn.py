@@ -236,7 +236,7 @@ def layer_case(worker: Worker, way: str) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.core_on(1, 3)
+@pytest.mark.core_on(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_on_several_workers(gang: Gang, world_size: int, way: str) -> None:
     for rank, errors in enumerate(gang.run(layer_case, world_size, way)):
@@ -350,7 +350,7 @@ def model_case(worker: Worker, way: str, recompute: bool) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.core_on(1, 3)
+@pytest.mark.core_on(2)
 @pytest.mark.parametrize("recompute", [False, True], ids=["remembered", "run again"])
 @pytest.mark.parametrize("way", WAYS)
 def test_models_on_several_workers(gang: Gang, world_size: int, way: str, recompute: bool) -> None:

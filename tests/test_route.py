@@ -122,7 +122,7 @@ def gather_copies(worker: Worker, s: Scenario, y: Tensor) -> dict[int, Tensor]:
     return {int(i): rows[ids == i] for i in ids.unique()}
 
 
-@pytest.mark.core_on(1, 2, 4)
+@pytest.mark.core_on(1, 3)
 @pytest.mark.parametrize("canonical", [True, False], ids=["owned-first", "any-order"])
 def test_algebra(gang: Gang, world_size: int, canonical: bool) -> None:
     @SCENARIO

@@ -34,8 +34,9 @@ def run(folder: Path, name: str, workers: int | None, *words: object, timeout: f
 
 
 @pytest.mark.parametrize(
-    "words", [pytest.param([], marks=pytest.mark.soak), ["--model", "gine", "--use_dist_embedding", "--use_dist_tensor"]]
+    "words", [[], ["--model", "gine", "--use_dist_embedding", "--use_dist_tensor"]]
 )
+@pytest.mark.soak
 def test_graphs_are_classified_alike_by_any_number_of_workers(tmp_path: Path, words: list[str]) -> None:
     npz, small = npz_path("mutag"), ["--seeds", 0, "--folds", 2, "--epochs", 2, "--batch_size", 47, "--hidden_channels", 8, "--dropout", 0.2]
     small += ["--dtype", "float64"]

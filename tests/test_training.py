@@ -285,6 +285,7 @@ def _how_blocks_are_made(worker: Any) -> tuple[bool, str]:
     return machine.huge_pages(), setup._set_allocator()
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
 def test_huge_pages_spare_the_allocator_its_hoarding() -> None:
     assert launch(_how_blocks_are_made, 1, env={"THP_MEM_ALLOC_ENABLE": "1"}) == [(True, "with huge pages")]
