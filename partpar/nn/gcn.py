@@ -214,7 +214,7 @@ class GCNConv(pyg_nn.GCNConv):
                     self._cached_edge_index = normalised
             edge_index, edge_weight = normalised
         out: Tensor = self.propagate(edge_index, x=through(self.lin, x, route), edge_weight=edge_weight)
-        return out if self.bias is None else out + self.bias
+        return self._with_bias(out)
 
     def _by_kernel(self, x: Rows, adj: Adjacency, route: Route | None, edge_weight: Tensor | None) -> Tensor:
         """Linear map and sum commute: the narrower side of the map is summed, and travels."""
@@ -235,7 +235,7 @@ class GCNConv(pyg_nn.GCNConv):
             out = self.lin(norm(x, route))
         else:
             out = norm(self.lin(x), route)
-        return out if self.bias is None else out + self.bias
+        return self._with_bias(out)
 
     @property
     def streams(self) -> bool:

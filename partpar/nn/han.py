@@ -16,7 +16,7 @@ from partpar.hetero_route import HeteroRoute
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_gat
 from partpar.nn.dropout import Dropout
-from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, by_type, check_relations, sources
+from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, check_relations, sources
 from partpar.nn.rows import check_flow, owned
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
@@ -70,10 +70,9 @@ class HANConv(pyg_nn.HANConv):
             route (HeteroRoute, optional): The share's route; :obj:`None` when one process owns everything.
             return_semantic_attention_weights (bool, optional): Whether to return the weights of relations too.
         """
-        routes = by_type(route, x_dict)
         known = {tuple(e) for e in self.metadata[1]}
         used = {e: piece for e, piece in edge_index_dict.items() if e in known}
-        check_relations(self, x_dict, used, routes)
+        routes = check_relations(self, x_dict, used, route)
         src_types = {e[0] for e in used}
         projected: dict[str, Tensor | SourceRows] = {}
         mapped: dict[str, Tensor] = {}  # of constant rows, whose halo is here already

@@ -14,7 +14,7 @@ from partpar.graph import EdgeType
 from partpar.hetero_route import HeteroRoute
 from partpar.kernels.adjacency import Adjacency
 from partpar.nn.gcn import GCNConv
-from partpar.nn.hetero_rows import adjacency, by_type, check_relations, sources
+from partpar.nn.hetero_rows import adjacency, check_relations, sources
 from partpar.nn.matrix import AdjacencyMatrix
 from partpar.nn.neighbourhood import edge_index_of
 from partpar.nn.routed import check_bipartite
@@ -77,8 +77,7 @@ class HeteroConv(pyg_nn.HeteroConv):
         used: dict[EdgeType, Any] = {
             e: conv for e, conv in self.convs.items() if e in edges and e[0] in x and e[2] in x
         }
-        routes = by_type(route, x)
-        check_relations(self, x, {e: edges[e] for e in used}, routes)
+        routes = check_relations(self, x, {e: edges[e] for e in used}, route)
         rows = sources(x, routes, [e[0] for e, conv in used.items() if not isinstance(conv, GCNConv)])
         outs: dict[str, list[Tensor]] = {}
         for edge_type, conv in used.items():

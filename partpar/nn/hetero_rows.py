@@ -47,7 +47,7 @@ def keep_halos(x: Mapping[str, Tensor], route: HeteroRoute | None = None) -> dic
     return kept_rows
 
 
-def by_type(route: HeteroRoute | Route | None, x: HeteroRows) -> HeteroRoute | None:
+def _by_type(route: HeteroRoute | Route | None, x: HeteroRows) -> HeteroRoute | None:
     r"""The route of all types; a graph of one node type has that type's alone."""
     if not isinstance(route, Route):
         return route
@@ -67,13 +67,15 @@ def sources(x: HeteroRows, route: HeteroRoute | None, types: Iterable[str]) -> d
     return out | (moving if route is None or not moving else route.apply(moving))
 
 
-def check_relations(layer: object, x: HeteroRows, edges: HeteroEdges, route: HeteroRoute | None) -> None:
-    r"""Refuses, before any exchange, rows and edges that do not fit.
+def check_relations(
+    layer: object, x: HeteroRows, edges: HeteroEdges, given: HeteroRoute | Route | None
+) -> HeteroRoute | None:
+    r"""The route of all types. Refuses, before any exchange, rows and edges that do not fit it.
 
     Raises:
         RouteError: A type of an edge type has no rows, or an adjacency is not that of the route's share.
     """
-    name = type(layer).__name__
+    name, route = type(layer).__name__, _by_type(given, x)
     wrong = None
     for edge_type, piece in edges.items():
         missing = {edge_type[0], edge_type[2]} - set(x)
@@ -97,6 +99,7 @@ def check_relations(layer: object, x: HeteroRows, edges: HeteroEdges, route: Het
         next(iter(route.values())).refuse(wrong)
     if wrong is not None:
         raise RouteError(wrong)
+    return route
 
 
 def adjacency(piece: Tensor | Adjacency, num_src: int, num_dst: int) -> Adjacency:

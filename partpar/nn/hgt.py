@@ -14,7 +14,7 @@ from partpar.graph import EdgeType
 from partpar.hetero_route import HeteroRoute
 from partpar.kernels.aggregate import aggregate_softmax
 from partpar.kernels.linear import edge_dot
-from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, by_type, check_relations, join, sources
+from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, check_relations, join, sources
 from partpar.nn.rows import check_flow, owned
 from partpar.route import Route
 
@@ -53,9 +53,8 @@ class HGTConv(pyg_nn.HGTConv):
             edge_index_dict: The share's edges; ``share.adj_dict()`` is the fast way.
             route (HeteroRoute, optional): The share's route; :obj:`None` when one process owns everything.
         """
-        routes = by_type(route, x_dict)
         used = {e: edge_index_dict[e] for e in self.edge_types if e in edge_index_dict}
-        check_relations(self, x_dict, used, routes)
+        routes = check_relations(self, x_dict, used, route)
         rows = sources(x_dict, routes, [e[0] for e in used])
         keys_values = {t: self._heads(t, x, (0, 2)) for t, x in rows.items()}
         out = {}

@@ -13,7 +13,7 @@ from partpar.graph import EdgeType
 from partpar.hetero_route import HeteroRoute
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_max, aggregate_mean, aggregate_min, aggregate_sum
-from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, by_type, check_relations, sources
+from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, check_relations, sources
 from partpar.nn.rows import check_flow, owned
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
@@ -80,9 +80,8 @@ class RGCNConv(pyg_nn.RGCNConv):
             edge_index_dict: The share's edges; ``share.adj_dict()`` is the fast way.
             route (HeteroRoute, optional): The share's route; :obj:`None` when one process owns everything.
         """
-        routes = by_type(route, x_dict)
         used = {e: edge_index_dict[e] for e in self.edge_types if e in edge_index_dict}
-        check_relations(self, x_dict, used, routes)
+        routes = check_relations(self, x_dict, used, route)
         out: dict[str, Tensor] = {}
         for node_type, given in x_dict.items():
             rows = owned(given)

@@ -16,7 +16,7 @@ from partpar.sampling.inputs import link_type
 from partpar.sampling.loader import TIMEOUT, DistLoader
 from partpar.sampling.neighbor_sampler import NumNeighborsType
 from partpar.sampling.node_loader import names_of, place_of, str_of
-from partpar.sampling.source import Source
+from partpar.sampling.source import opened
 from partpar.serving.partition import is_typed
 from partpar.serving.service import Service
 
@@ -81,8 +81,7 @@ class DistLinkNeighborLoader(DistLoader):
             if edge_label.numel() and int(edge_label.min()) == 0:
                 edge_label = edge_label + 1
         self.data = data
-        source = Source(data, kwargs.get("timeout") or TIMEOUT)
-        try:
+        with opened(data, kwargs.get("timeout") or TIMEOUT) as source:
             options = {
                 "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "subgraph_type": str_of(subgraph_type),
                 "weight_attr": weight_attr, "time_attr": time_attr, "temporal_strategy": temporal_strategy,
@@ -94,10 +93,6 @@ class DistLinkNeighborLoader(DistLoader):
                 self.neg_sampling, strict_negatives,
             )  # fmt: skip
             super().__init__(service, recipe, **kwargs)
-        except BaseException:
-            source.close(end=False)
-            raise
-        self._source = source
         self._closers.append(source.close)
 
 

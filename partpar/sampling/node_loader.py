@@ -14,7 +14,7 @@ from partpar.sampling.batches import Recipe
 from partpar.sampling.inputs import NodeInputs, node_inputs, share_out
 from partpar.sampling.loader import TIMEOUT, DistLoader
 from partpar.sampling.neighbor_sampler import NumNeighborsType
-from partpar.sampling.source import Source, attributes
+from partpar.sampling.source import attributes, opened
 from partpar.serving.partition import is_typed
 from partpar.serving.service import Service
 
@@ -84,8 +84,7 @@ class DistNeighborLoader(DistLoader):
         if input_time is not None and time_attr is None:
             raise SamplingError("input_time: expected time_attr as well, found none; name the attribute that it is compared with")
         self.data = data
-        source = Source(data, kwargs.get("timeout") or TIMEOUT)
-        try:
+        with opened(data, kwargs.get("timeout") or TIMEOUT) as source:
             options = {
                 "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "subgraph_type": str_of(subgraph_type),
                 "weight_attr": weight_attr, "time_attr": time_attr, "temporal_strategy": temporal_strategy,
@@ -97,10 +96,6 @@ class DistNeighborLoader(DistLoader):
                 not is_typed(service.share), seed, options, names_of(service, attributes), inputs.node_type, columns
             )
             super().__init__(service, recipe, **kwargs)
-        except BaseException:
-            source.close(end=False)
-            raise
-        self._source = source
         self._closers.append(source.close)
 
 

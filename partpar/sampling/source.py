@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -84,6 +86,17 @@ class Source:
                 return
             del _kept[key]
         kept.service.close()
+
+
+@contextmanager
+def opened(data: Any, timeout: float) -> Iterator[Source]:
+    r"""A :class:`Source` for a loader that is being made, given back if that fails; arguments are the same."""
+    source = Source(data, timeout)
+    try:
+        yield source
+    except BaseException:
+        source.close(end=False)
+        raise
 
 
 @atexit.register
