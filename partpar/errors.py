@@ -51,3 +51,15 @@ class RemoteError(ServiceError):
 
 class PeerLostError(ServiceError, ConnectionError):
     r"""A part that was asked did not answer in time, or is gone; the message holds its name."""
+
+
+class CheckpointError(PartparError, ValueError):
+    r"""A checkpoint does not fit what is to go on from it, or what is to be kept cannot be."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    r"""A file of a checkpoint is missing, cut short, or not what its checksum says."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    r"""A checkpoint could not be written; the one before stands."""
