@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
 
 from partpar import GraphData, HeteroRoute, datasets, nn, training
-from partpar.nn import global_mean, keep_halos
+from partpar.nn import global_mean
 from partpar.training.metrics import accuracy
 
 MODELS = ("rgcn", "sage", "hgt", "han")
@@ -46,13 +46,10 @@ def main() -> None:
         torch.manual_seed(args.seed)
         widths = {t: rows.size(1) for t, rows in x.items()}
         inner = Classifier(args, widths, share.edge_types, num_classes).to(args.dtype)
-        model: torch.nn.Module = inner
-        if worker.world_size > 1:
-            # What the last layer makes of other types than the target's trains nothing.
-            model = DistributedDataParallel(inner, find_unused_parameters=True)
+        model = DistributedDataParallel(inner) if worker.world_size > 1 else inner
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        # 2. The features never change: their halo, of all types, is fetched once.
-        inputs = (keep_halos(x, route), share.adj_dict(), route)
+        inputs = (x, share.adj_dict(), route)
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
         for epoch in range(1, args.epochs + 1):
             optimizer.zero_grad()
             rows = F.cross_entropy(model(*inputs), owned["y"], reduction="none", ignore_index=-1)
@@ -66,8 +63,10 @@ def main() -> None:
                 for split in ("train", "val", "test")
                 if f"{split}_mask" in owned
             }
+            record = {"epoch": epoch, "loss": loss.item(), **scores}
+            log.write(**record)
             if worker.is_first:
-                print(json.dumps({"epoch": epoch, "loss": loss.item(), **scores}), flush=True)
+                print(json.dumps(record), flush=True)
 
 
 class Classifier(torch.nn.Module):
@@ -77,22 +76,31 @@ class Classifier(torch.nn.Module):
         self, args: argparse.Namespace, widths: dict[str, int], edge_types: list[Any], num_classes: int
     ) -> None:
         super().__init__()
-        hidden, meta = args.hidden, (list(widths), edge_types)
-        make = {
-            "rgcn": lambda: nn.RGCNConv(hidden, hidden, edge_types),
-            "sage": lambda: nn.HeteroSAGEConv(hidden, hidden, edge_types),
-            "hgt": lambda: nn.HGTConv(hidden, hidden, meta, heads=4),
-            "han": lambda: nn.HANConv(hidden, hidden, meta, heads=4),
+        hidden, wanted = args.hidden, {args.target}
+        make: Any = {
+            "rgcn": lambda types, relations: nn.RGCNConv(hidden, hidden, relations),
+            "sage": lambda types, relations: nn.HeteroSAGEConv(hidden, hidden, relations),
+            "hgt": lambda types, relations: nn.HGTConv(hidden, hidden, (types, relations), heads=4),
+            "han": lambda types, relations: nn.HANConv(hidden, hidden, (types, relations), heads=4),
         }[args.model]
-        self.inputs = torch.nn.ModuleDict({t: torch.nn.Linear(width, hidden) for t, width in widths.items()})
-        self.layers = torch.nn.ModuleList(make() for _ in range(2))
+        # 2. From the last layer to the first, each makes what the next one needs: no weight is there for nothing.
+        layers: list[torch.nn.Module] = []
+        self.types: list[list[str]] = []
+        for _ in range(2):
+            relations = [e for e in edge_types if e[2] in wanted]
+            wanted |= {source for source, _, _ in relations}
+            self.types.insert(0, [t for t in widths if t in wanted])
+            layers.insert(0, make(self.types[0], relations))
+        self.inputs = torch.nn.ModuleDict({t: torch.nn.Linear(widths[t], hidden) for t in self.types[0]})
+        self.layers = torch.nn.ModuleList(layers)
         self.head, self.target = torch.nn.Linear(hidden, num_classes), args.target
 
     def forward(self, x: Any, edges: Any, route: HeteroRoute) -> Tensor:
         r"""``[num_owned, num_classes]`` of the target type (collective)."""
         # 3. A layer takes the rows of the owned nodes by type, the edges by relation, and the route.
-        hidden = {t: F.relu(self.inputs[t](rows.owned)) for t, rows in x.items()}
-        for layer in self.layers:
+        hidden = {t: F.relu(linear(x[t])) for t, linear in self.inputs.items()}
+        for layer, types in zip(self.layers, self.types, strict=True):
+            hidden = {t: hidden[t] for t in types}
             out = layer(hidden, edges, route)
             hidden = {t: rows if out.get(t) is None else F.relu(out[t]) for t, rows in hidden.items()}
         return self.head(hidden[self.target])
@@ -132,7 +140,7 @@ def partition(args: argparse.Namespace, num_parts: int) -> str:
         data = generated(args.nodes, args.seed)
     graph = GraphData.from_pyg_data(data)
     weights = ["#nodes:*", "train_mask:*"]
-    return str(graph.partition_graph(args.root, num_parts, weights, overwrite=True))
+    return str(graph.partition_graph(args.root, num_parts, weights, overwrite=args.overwrite))
 
 
 def parse() -> argparse.Namespace:
@@ -144,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=3000, help="nodes of the generated graph")
     parser.add_argument("--target", default="paper", help="the type whose nodes have y and masks")
     parser.add_argument("--root", type=Path, help="folder of partitions (default: partitions/<graph>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a partition of another graph")
     parser.add_argument("--model", choices=MODELS, default="rgcn", help="kind of layer")
     parser.add_argument("--hidden", type=int, default=32, help="hidden channels")
     parser.add_argument("--epochs", type=int, default=30, help="steps on the whole graph")
@@ -151,6 +160,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="of Adam")
     parser.add_argument("--seed", type=int, default=0, help="of the graph and weights")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of all rows")
+    parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "typed")

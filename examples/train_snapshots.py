@@ -47,6 +47,7 @@ def main() -> None:
         model = DistributedDataParallel(sequence) if worker.world_size > 1 else sequence
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         last = len(snapshots) - 2  # the last two windows: the state after one predicts the edges of the other
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
         for epoch in range(1, args.epochs + 1):
             optimizer.zero_grad()
             loss, _ = model(range(last))
@@ -56,8 +57,10 @@ def main() -> None:
                 _, (logits, label) = sequence(range(last + 1))
             everything = torch.ones_like(label, dtype=torch.bool)
             auc = roc_auc(logits, label.long(), everything, snapshots[0].route)
+            record = {"epoch": epoch, "loss": loss.item(), "auc": auc}
+            log.write(**record)
             if worker.is_first:
-                print(json.dumps({"epoch": epoch, "loss": loss.item(), "auc": auc}), flush=True)
+                print(json.dumps(record), flush=True)
 
 
 class Sequence(torch.nn.Module):
@@ -104,9 +107,8 @@ def partition(args: argparse.Namespace, num_parts: int) -> str:
         draw = torch.Generator().manual_seed(args.seed)
         data.t = torch.rand(data.edge_index.size(1), generator=draw)
     graph = GraphData.from_pyg_data(data)
-    return str(
-        graph.partition_graph(args.root, num_parts, time_attr="t", num_snapshots=args.snapshots, overwrite=True)
-    )
+    windows = {"time_attr": "t", "num_snapshots": args.snapshots}
+    return str(graph.partition_graph(args.root, num_parts, **windows, overwrite=args.overwrite))
 
 
 def parse() -> argparse.Namespace:
@@ -117,6 +119,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--npz", type=Path, help="a temporal graph: src, dst and t (default: a generated one)")
     parser.add_argument("--nodes", type=int, default=1000, help="nodes of the generated graph")
     parser.add_argument("--root", type=Path, help="folder of partitions (default: partitions/<graph>)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a partition of another graph or other windows"
+    )
     parser.add_argument("--snapshots", type=int, default=8, help="windows of equal length")
     parser.add_argument("--features", type=int, default=16, help="columns of a node's features, at least 3")
     parser.add_argument("--hidden", type=int, default=32, help="size of a node's state")
@@ -124,6 +129,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0, help="of weights, features and pairs")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of all rows")
+    parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
+    parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "temporal")

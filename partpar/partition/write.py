@@ -137,6 +137,8 @@ def _stands(folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: 
             for name, value in recorded.items()
             if name in manifest.arguments and manifest.arguments[name] != value
         ]
+        if (manifest.windows and asdict(manifest.windows)) != arguments.get("windows"):
+            differ.append("other windows of time, or none")
         found = f"one made with {', '.join(differ)}" if differ else "one made from another graph"
     if overwrite:
         return False
