@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partpar.kernels import counter
 from partpar.nn.recompute import step_of
-from partpar.nn.rows import check_owned_first
+from partpar.nn.rows import check_flow, check_owned_first
 from partpar.route import Route
 
 # Layers that are not given a number count on from here, out of the way of those that are.
@@ -120,3 +120,26 @@ class Dropout(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, seed={self.seed}, layer={self.layer}"
+
+
+class AttentionDropout:
+    r"""Before a convolution of PyG with attention among the bases of its partition-parallel twin: dropout of the attention
+    is then drawn by the raw ids of both ends.
+
+    Args:
+        *args (optional): Arguments of PyG's convolution.
+        seed (int, optional): The seed of attention dropout. (default: :obj:`0`)
+        layer (int, optional): The layer's number for attention dropout, see :class:`Dropout`. (default: :obj:`None`)
+        **kwargs (optional): Arguments of PyG's convolution.
+
+    Raises:
+        ValueError: :obj:`flow` is not ``"source_to_target"``.
+    """
+
+    flow: str
+    dropout: float
+
+    def __init__(self, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_flow(self, self.flow)
+        self.attention_dropout = Dropout(self.dropout, seed, layer)

@@ -2,8 +2,6 @@ r"""Graph attention, partition-parallel: every in-edge of an owned node is here,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
@@ -13,15 +11,15 @@ from torch_geometric.utils import add_self_loops, remove_self_loops, softmax
 
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_gat
-from partpar.nn.dropout import Dropout
+from partpar.nn.dropout import AttentionDropout
 from partpar.nn.neighbourhood import edge_index_of, with_self_loops
-from partpar.nn.rows import Rows, check_edges, check_flow, check_owned_first, of_block, owned, through
+from partpar.nn.rows import Rows, check_edges, check_owned_first, of_block, owned, through
 from partpar.route import Route
 
 Attention = tuple[Tensor, tuple[Tensor, Tensor]]
 
 
-class GATConv(pyg_nn.GATConv):
+class GATConv(AttentionDropout, pyg_nn.GATConv):
     r"""The graph attention operator of `"Graph Attention Networks" <https://arxiv.org/abs/1710.10903>`_,
     partition-parallel.
 
@@ -55,19 +53,6 @@ class GATConv(pyg_nn.GATConv):
 
     propagate_type = {"x": OptPairTensor, "alpha": Tensor}
     edge_updater_type = {"alpha": OptPairTensor, "edge_attr": OptTensor}
-
-    def __init__(
-        self,
-        in_channels: int | tuple[int, int],
-        out_channels: int,
-        *args: Any,
-        seed: int = 0,
-        layer: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, *args, **kwargs)
-        check_flow(self, self.flow)
-        self.attention_dropout = Dropout(self.dropout, seed, layer)
 
     def forward(
         self,
@@ -151,7 +136,7 @@ class GATConv(pyg_nn.GATConv):
         return softmax(F.leaky_relu(alpha, self.negative_slope), index, ptr, dim_size)
 
 
-class GATv2Conv(pyg_nn.GATv2Conv):
+class GATv2Conv(AttentionDropout, pyg_nn.GATv2Conv):
     r"""The operator of `"How Attentive are Graph Attention Networks?" <https://arxiv.org/abs/2105.14491>`_,
     partition-parallel. All that is said of :class:`GATConv` holds for it and
     :class:`torch_geometric.nn.GATv2Conv`.
@@ -159,19 +144,6 @@ class GATv2Conv(pyg_nn.GATv2Conv):
 
     propagate_type = {"x": PairTensor, "alpha": Tensor}
     edge_updater_type = {"x": PairTensor, "edge_attr": OptTensor}
-
-    def __init__(
-        self,
-        in_channels: int | tuple[int, int],
-        out_channels: int,
-        *args: Any,
-        seed: int = 0,
-        layer: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, *args, **kwargs)
-        check_flow(self, self.flow)
-        self.attention_dropout = Dropout(self.dropout, seed, layer)
 
     def forward(
         self,

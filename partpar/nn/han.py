@@ -2,8 +2,6 @@ r"""The heterogeneous graph attention network, partition-parallel."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
@@ -15,16 +13,16 @@ from partpar.graph import EdgeType
 from partpar.hetero_route import HeteroRoute
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_gat
-from partpar.nn.dropout import Dropout
+from partpar.nn.dropout import AttentionDropout
 from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, check_relations, sources
-from partpar.nn.rows import check_flow, owned
+from partpar.nn.rows import owned
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
 
 SemanticAttention = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
 
 
-class HANConv(pyg_nn.HANConv):
+class HANConv(AttentionDropout, pyg_nn.HANConv):
     r"""The operator of `"Heterogeneous Graph Attention Network" <https://arxiv.org/abs/1903.07293>`_,
     partition-parallel.
 
@@ -49,11 +47,6 @@ class HANConv(pyg_nn.HANConv):
     """
 
     propagate_type = {"x": PairTensor, "alpha": PairTensor}
-
-    def __init__(self, *args: Any, seed: int = 0, layer: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_flow(self, self.flow)
-        self.attention_dropout = Dropout(self.dropout, seed, layer)
 
     def forward(
         self,

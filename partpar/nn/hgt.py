@@ -26,6 +26,9 @@ class HGTConv(pyg_nn.HGTConv):
     runs over its in-edges of all relations, which its owner has. Rows of all types travel in one exchange, before
     they are mapped, and no message per edge is made.
 
+    Parameters that no output depends on, those of the outputs of types without a relation into them, require no gradient:
+    :class:`~torch.nn.parallel.DistributedDataParallel` would wait for theirs.
+
     Raises:
         ValueError: :obj:`flow` is not ``"source_to_target"``.
 
@@ -39,6 +42,11 @@ class HGTConv(pyg_nn.HGTConv):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_flow(self, self.flow)
+        for node_type in self.node_types:
+            made = node_type in self.dst_node_types
+            self.out_lin.lins[node_type].requires_grad_(made)
+            skips = self.in_channels.get(node_type) in (-1, self.out_channels)  # -1: not known yet
+            self.skip[node_type].requires_grad_(made and skips)
 
     def forward(
         self,
