@@ -100,6 +100,7 @@ class DistLoader:
         self.transform, self.filter_per_worker = transform, bool(filter_per_worker)
         self.device, self.timeout = device, timeout or TIMEOUT
         self.pid, self.epoch = os.getpid(), 0
+        self._first = 0  # batch that the next epoch begins with
         self._order, self._running = sampler, None  # type: Any, Any
         self._maker = BatchMaker(service, recipe)
         self._processes: InProcesses | None = None
@@ -126,15 +127,42 @@ class DistLoader:
 
     def set_epoch(self, epoch: int) -> None:
         r"""Sets the number of the next epoch; otherwise each :func:`iter` begins the next one, from 0."""
-        self.epoch = epoch
+        self.epoch, self._first = epoch, 0
 
-    def tasks(self, epoch: int) -> Iterator[Task]:
-        r"""The batches of an epoch, unmade."""
+    def state_dict(self) -> dict[str, int]:
+        r"""Where the loader stands: the epoch, and how many of its batches were read. With the seed that is all that the
+        batches to come depend on."""
+        running = None if self._running is None else self._running()
+        epoch, batch = (self.epoch, self._first) if running is None or not running.under_way else running.place
+        if batch >= len(self) > 0:
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, "steps": len(self), "seed": self._maker.recipe.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        r"""Goes on from where a loader stood; one that is being read ends.
+
+        Raises:
+            SamplingError: Its seed was another; or it stood within an epoch of as many batches as this one does not have,
+                since then its seeds were dealt to other batches.
+        """
+        seed = self._maker.recipe.seed
+        if state["seed"] != seed:
+            raise SamplingError(f"seed: expected that of the state, {state['seed']}, found {seed}")
+        if state["batch"] and state["steps"] != len(self):
+            raise SamplingError(
+                f"expected an epoch of {state['steps']} batches, of which {state['batch']} were read, found one of "
+                f"{len(self)}; go on with as many workers, or from the end of an epoch"
+            )
+        self._stop()
+        self.epoch, self._first = state["epoch"], state["batch"]
+
+    def tasks(self, epoch: int, first: int = 0) -> Iterator[Task]:
+        r"""The batches of an epoch, unmade; but for those before the :obj:`first`."""
         if self._order is not None:
             order = torch.as_tensor(list(self._order), dtype=torch.int64)
         else:
             order = shuffled(self.count, self._maker.recipe.seed, epoch) if self.shuffle else torch.arange(self.count)
-        for number in range(len(self)):
+        for number in range(first, len(self)):
             places = self.steps.bounds(number)
             at = torch.arange(places.start, places.stop)
             yield Task(epoch, number, order[at % self.count] if self.count else at)
@@ -142,7 +170,8 @@ class DistLoader:
     def __iter__(self) -> Iterator[Batch]:
         self._stop()
         epoch, self.epoch = self.epoch, self.epoch + 1
-        tasks = self.tasks(epoch)
+        first, self._first = self._first, 0
+        tasks = self.tasks(epoch, first)
         made: Any
         ahead = self.prefetch_factor * max(self.num_workers or self.concurrency, 1)
         if self.num_workers:
@@ -156,7 +185,7 @@ class DistLoader:
             made = InOrder(self._make, tasks, self.concurrency, ahead)
         else:
             made = (self._make(task) for task in tasks)
-        running = _Epoch(made, self._finish)
+        running = _Epoch(made, self._finish, epoch, first)
         self._running = weakref.ref(running)  # who reads it owns it: dropped half-way, it ends at once
         return running
 
@@ -222,13 +251,20 @@ class DistLoader:
 class _Epoch(Iterator[Batch]):
     """The batches of an epoch, each finished in the thread that reads them."""
 
-    def __init__(self, made: Any, finish: Callable[[Batch], Batch]) -> None:
+    def __init__(self, made: Any, finish: Callable[[Batch], Batch], epoch: int, first: int) -> None:
         self._made, self._finish = made, finish
+        self.place = (epoch, first)
+
+    @property
+    def under_way(self) -> bool:
+        return self._made is not None
 
     def __next__(self) -> Batch:
         if self._made is None:
             raise StopIteration
-        return self._finish(next(self._made))
+        batch = self._finish(next(self._made))
+        self.place = (self.place[0], self.place[1] + 1)
+        return batch
 
     def close(self) -> None:
         made, self._made = self._made, None

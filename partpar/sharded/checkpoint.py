@@ -62,6 +62,8 @@ class ShardedRows(Tensor):
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+        if not len(self.local) and self.shape[0]:  # an empty block would be told from the next one by nothing
+            return []
         chunk = self._chunk()
         data = TensorWriteData(
             chunk=chunk, properties=TensorProperties.create_from_tensor(self.local), size=self.shape
@@ -69,7 +71,7 @@ class ShardedRows(Tensor):
         return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
+        return [self._chunk()] if len(self.local) else []
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.local

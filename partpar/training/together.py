@@ -26,7 +26,7 @@ class FirstRankError(PartparError, RuntimeError):
 
 # Seconds that ranks wait for rank 0: more than in ordinary collectives, which would give up on a long cut.
 PATIENCE = 6 * 3600.0
-_patient_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+_side_groups: WeakKeyDictionary[ProcessGroup, dict[str, ProcessGroup]] = WeakKeyDictionary()
 
 
 def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> Any:
@@ -43,7 +43,7 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> An
     own = None if group is None else exchange.own_group(group)
     if own is None:
         return work()
-    patient = _patient_group(own)
+    patient = side_group(own, "patient", PATIENCE)
     if dist.get_rank(own) > 0:
         told = _broadcast_text(None, patient)
         if "error" in told:
@@ -59,23 +59,31 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> An
     return value
 
 
-def _patient_group(own: ProcessGroup) -> ProcessGroup:
-    r"""Made once for each group: torch would give a second one the name, and so the stale addresses, of the
-    first."""
-    if own not in _patient_groups:
-        _patient_groups[own] = dist.new_group(
+def side_group(own: ProcessGroup, purpose: str, timeout: float) -> ProcessGroup:
+    r"""A gloo group beside an own group, for those who talk at other times or wait longer (collective at the first call).
+
+    Made once for each purpose: torch would give a second one the name, and so the stale addresses, of the first.
+
+    Args:
+        own: Of :func:`partpar.exchange.own_group`.
+        purpose: What tells groups apart.
+        timeout: Seconds that it waits; that of its first call stays.
+    """
+    known = _side_groups.setdefault(own, {})
+    if purpose not in known:
+        known[purpose] = dist.new_group(
             dist.get_process_group_ranks(own),
-            timeout=timedelta(seconds=PATIENCE),
+            timeout=timedelta(seconds=timeout),
             backend="gloo",
             use_local_synchronization=True,
         )
-    return _patient_groups[own]
+    return known[purpose]
 
 
 def forget_groups() -> None:
     r"""Lets go of the groups made here and in :mod:`partpar.exchange`. Their threads would otherwise still run when the
     interpreter ends, which may abort the process."""
-    _patient_groups.clear()
+    _side_groups.clear()
     exchange.forget_groups()
 
 
