@@ -66,7 +66,7 @@ class Shell(Runner):
         return 0, "", ""
 
 
-def _items(folder: Path, **texts: str) -> tuple[Item, ...]:
+def make_items(folder: Path, **texts: str) -> tuple[Item, ...]:
     folder.mkdir(exist_ok=True)
     items = []
     for name, text in texts.items():
@@ -82,31 +82,31 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def _delivery(shell: Shell, told: list[int] | None = None) -> Delivery:
+def delivery_by(shell: Shell, told: list[int] | None = None) -> Delivery:
     return Delivery(HOST, Ssh(), shell, True, (lambda n: None) if told is None else told.append)
 
 
 def test_a_folder_arrives_whole_once(tmp_path: Path, home: Path) -> None:
     parcel = Parcel(
-        PurePosixPath("run/p/metis_2"), _items(tmp_path / "a", m="manifest", s="share"), True, "m"
+        PurePosixPath("run/p/metis_2"), make_items(tmp_path / "a", m="manifest", s="share"), True, "m"
     )
     shell, told = Shell(home), [0]
-    receipt = _delivery(shell, told).deliver(parcel)
+    receipt = delivery_by(shell, told).deliver(parcel)
     assert (receipt.num_files, receipt.num_bytes, receipt.sent_bytes) == (2, 13, 13)
     assert told == [0, 0, 10, 20, 13]
     place = home / "run/p"
     assert sorted(path.name for path in place.rglob("*")) == ["m", "metis_2", "s"]
-    again = _delivery(shell).deliver(parcel)
+    again = delivery_by(shell).deliver(parcel)
     assert (again.by, again.sent_bytes) == ("there already", 0)
     assert shell.sent == ["m", "s"]
     (place / "metis_2" / "s").write_text("shard")  # of the same size
-    assert _delivery(shell).deliver(parcel).sent_bytes == 13, "damage is mended"
+    assert delivery_by(shell).deliver(parcel).sent_bytes == 13, "damage is mended"
     assert (place / "metis_2" / "s").read_text() == "share"
     assert [path.name for path in place.iterdir()] == ["metis_2"], "nothing hidden is left"
 
 
 def test_a_broken_connection_leaves_nothing_that_looks_whole(tmp_path: Path, home: Path) -> None:
-    parcel = Parcel(PurePosixPath("p"), _items(tmp_path / "a", m="manifest", s="share"), True, "m")
+    parcel = Parcel(PurePosixPath("p"), make_items(tmp_path / "a", m="manifest", s="share"), True, "m")
 
     def cut(paths: list[Path]) -> None:
         paths[-1].write_text("sha")
@@ -115,10 +115,10 @@ def test_a_broken_connection_leaves_nothing_that_looks_whole(tmp_path: Path, hom
     with pytest.raises(
         RemoteCommandError, match="10.0.0.1: sending failed with exit code 12: connection unexpectedly"
     ):
-        _delivery(Shell(home, cut)).deliver(parcel)
+        delivery_by(Shell(home, cut)).deliver(parcel)
     assert not (home / "p").exists()
     shell = Shell(home)
-    assert _delivery(shell).deliver(parcel).sent_bytes == 5
+    assert delivery_by(shell).deliver(parcel).sent_bytes == 5
     assert shell.sent == ["s"], "what had arrived is not sent again"
 
     def damage(paths: list[Path]) -> None:
@@ -128,15 +128,15 @@ def test_a_broken_connection_leaves_nothing_that_looks_whole(tmp_path: Path, hom
     with pytest.raises(
         RemoteCommandError, match="10.0.0.1: q: what arrived is not what the manifest says.*s: FAILED"
     ):
-        _delivery(Shell(home, damage)).deliver(other)
+        delivery_by(Shell(home, damage)).deliver(other)
     assert not (home / "q").exists()
 
 
 def test_what_stands_there_is_replaced_by_its_like_only(tmp_path: Path, home: Path) -> None:
-    first = Parcel(PurePosixPath("p"), _items(tmp_path / "a", m="one", s="share 0"), True, "m")
-    like = Parcel(PurePosixPath("p"), _items(tmp_path / "b", m="one", t="share 1"), True, "m")
-    other = Parcel(PurePosixPath("p"), _items(tmp_path / "c", m="two", s="share 0"), True, "m")
-    delivery = _delivery(Shell(home))
+    first = Parcel(PurePosixPath("p"), make_items(tmp_path / "a", m="one", s="share 0"), True, "m")
+    like = Parcel(PurePosixPath("p"), make_items(tmp_path / "b", m="one", t="share 1"), True, "m")
+    other = Parcel(PurePosixPath("p"), make_items(tmp_path / "c", m="two", s="share 0"), True, "m")
+    delivery = delivery_by(Shell(home))
     delivery.deliver(first)
     delivery.deliver(like)
     assert sorted(path.name for path in (home / "p").iterdir()) == ["m", "t"], (
@@ -160,31 +160,31 @@ def test_files_stand_beside_others(tmp_path: Path, home: Path) -> None:
     (tmp_path / "train.py").write_text("t")
     items = tuple(copy.extra_items([tmp_path / "train.py", tmp_path / "lib"]))
     parcel = Parcel(PurePosixPath("run"), items, is_folder=False)
-    _delivery(Shell(home)).deliver(parcel)
-    _delivery(Shell(home)).deliver(parcel)
+    delivery_by(Shell(home)).deliver(parcel)
+    delivery_by(Shell(home)).deliver(parcel)
     (home / "run" / "train.py").write_text("edited there")
-    _delivery(Shell(home)).deliver(parcel)
+    delivery_by(Shell(home)).deliver(parcel)
     assert (home / "run" / "train.py").read_text() == "t"
     files = sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
     assert files == ["run/lib/a.py", "run/mine.txt", "run/train.py"]
 
 
 def test_no_room_and_no_rights_are_told(tmp_path: Path, home: Path) -> None:
-    (item,) = _items(tmp_path / "a", s="share")
+    (item,) = make_items(tmp_path / "a", s="share")
     parcel = Parcel(PurePosixPath("p"), (replace(item, num_bytes=1 << 60),), True)
     with pytest.raises(
         RemoteCommandError, match="10.0.0.1: p: the disk is full: 1,152,921,504,606,846,976 bytes"
     ):
-        _delivery(Shell(home)).deliver(parcel)
+        delivery_by(Shell(home)).deliver(parcel)
 
     def full(paths: list[Path]) -> None:
         raise ConnectionError("write failed: No space left on device (28)")
 
     with pytest.raises(RemoteCommandError, match="the disk is full: 5 bytes were to come"):
-        _delivery(Shell(home, full)).deliver(Parcel(PurePosixPath("p"), (item,), True))
+        delivery_by(Shell(home, full)).deliver(Parcel(PurePosixPath("p"), (item,), True))
     (home / "file").write_text("")
     with pytest.raises(RemoteCommandError, match="file/p: could not make the folder: .*another --workspace"):
-        _delivery(Shell(home)).deliver(Parcel(PurePosixPath("file/p"), (item,), True))
+        delivery_by(Shell(home)).deliver(Parcel(PurePosixPath("file/p"), (item,), True))
 
 
 def test_the_command_brings_each_host_its_own(

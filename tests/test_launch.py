@@ -174,7 +174,7 @@ def test_the_interface_is_that_of_the_way() -> None:
 
 
 # Leaves a process in a session of its own, as torchrun does its workers, and writes all process ids.
-_FAMILY = """
+FAMILY = """
 import os, subprocess, sys, time
 orphan = "import os, signal, sys, time; signal.signal(15, int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", orphan, sys.argv[1]], start_new_session=True)
@@ -184,13 +184,13 @@ time.sleep(600)
 
 
 def _kept(on_sigterm: int) -> tuple[subprocess.Popen[str], list[int]]:
-    command = [sys.executable, "-m", "partpar.cli.keep", "--", sys.executable, "-c", _FAMILY, str(on_sigterm)]
+    command = [sys.executable, "-m", "partpar.cli.keep", "--", sys.executable, "-c", FAMILY, str(on_sigterm)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, [int(process.stdout.readline()) for _ in range(2)]
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -205,7 +205,7 @@ def _parent(pid: int) -> int:
 def test_no_process_outlives_the_leash(end: str) -> None:
     process, pids = _kept(signal.SIG_IGN if end == "hang up" else signal.SIG_DFL)
     assert process.stdin is not None
-    assert all(_is_alive(pid) for pid in pids)
+    assert all(is_alive(pid) for pid in pids)
     if end == "hang up":
         process.stdin.close()
     elif end == "terminate":
@@ -215,7 +215,7 @@ def test_no_process_outlives_the_leash(end: str) -> None:
         os.kill(child, signal.SIGKILL)
     code = process.wait(30)
     assert code == (128 + signal.SIGKILL if end == "kill the child" else 128 + signal.SIGTERM)
-    assert not any(_is_alive(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
 
 
 def test_the_exit_code_is_handed_on() -> None:
