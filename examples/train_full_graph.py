@@ -54,17 +54,19 @@ def main() -> None:
 
         # 5. Every epoch is a step on the whole graph; see partpar/training/full_graph.py for the loop.
         log = training.RunLog(args.metrics, args.logdir, worker.rank)
-        history = training.fit(
-            model,
-            optimizer,
-            share,
-            route,
-            epochs=args.epochs,
-            patience=args.patience,
-            metric=args.metric,
-            on_epoch=log.write,
-            progress=worker.is_first,
-        )
+        with training.open_checkpoints(args, {"model": model, "optimizer": optimizer}, worker.group) as checkpoints:
+            history = training.fit(
+                model,
+                optimizer,
+                share,
+                route,
+                epochs=args.epochs,
+                patience=args.patience,
+                metric=args.metric,
+                on_epoch=log.write,
+                progress=worker.is_first,
+                checkpoints=checkpoints,
+            )
         log.write(**history.record)  # figures of every rank, for partpar report
         if worker.is_first:
             title = f"{args.model} on {args.npz or args.dataset}, {worker.world_size} worker(s)"
@@ -129,6 +131,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     train.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.wire = getattr(torch, args.wire) if args.wire else None

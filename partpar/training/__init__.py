@@ -1,5 +1,7 @@
 r"""Setting processes up, training loops and metrics."""
 
+from partpar.training.arguments import add_checkpoint_arguments, open_checkpoints
+from partpar.training.checkpoint import Checkpointer
 from partpar.training.full_graph import Epoch, History, evaluate, fit
 from partpar.training.inference import InferenceError, full_graph_inference
 from partpar.training.log import RunLog
@@ -13,6 +15,7 @@ from partpar.training.together import FirstRankError, all_numbers, all_rows, fir
 
 __all__ = [
     "BatchEpoch",
+    "Checkpointer",
     "Context",
     "Epoch",
     "FirstRankError",
@@ -24,6 +27,7 @@ __all__ = [
     "ScalarsError",
     "SetupError",
     "accuracy",
+    "add_checkpoint_arguments",
     "all_numbers",
     "all_rows",
     "evaluate",
@@ -33,6 +37,7 @@ __all__ = [
     "full_graph_inference",
     "init",
     "measure",
+    "open_checkpoints",
     "peak_memory",
     "roc_auc",
     "summary_table",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,8 @@ from partpar.kernels.adjacency import Adjacency
 from partpar.models import BasicGNN
 from partpar.nn import SourceRows, global_mean, keep_halo
 from partpar.route import Route
+from partpar.training.best import BestWeights
+from partpar.training.checkpoint import Checkpointer
 from partpar.training.machine import peak_memory
 from partpar.training.metrics import measure
 from partpar.training.together import all_numbers
@@ -76,6 +78,17 @@ class History:
         r"""What a log of the run should end with: figures of every rank, which ``partpar report`` draws."""
         return {"phase_seconds": self.phase_seconds, "traffic": self.traffic, "peak_bytes": self.peak_bytes}
 
+    def state_dict(self) -> dict[str, Any]:
+        r"""The epochs and which is best, for a checkpoint."""
+        rows = [list(asdict(epoch).values()) for epoch in self.epochs]
+        table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(fields(Epoch)))
+        return {"epochs": table, "best": 0 if self.best is None else self.best.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        r"""Takes a state of :meth:`state_dict` over."""
+        self.epochs = [Epoch(int(number), *rest) for number, *rest in state["epochs"].tolist()]
+        self.best = self.epochs[state["best"] - 1] if state["best"] else None
+
     @property
     def losses(self) -> list[float]:
         r"""The training loss of each epoch."""
@@ -97,6 +110,7 @@ def fit(
     metric: str = "accuracy",
     on_epoch: Callable[..., None] | None = None,
     progress: bool = False,
+    checkpoints: Checkpointer | None = None,
 ) -> History:
     r"""Trains a classifier of nodes on the full graph (collective).
 
@@ -117,6 +131,7 @@ def fit(
         on_epoch: Called on every rank as ``on_epoch(epoch=1, loss=..., ...)`` with the fields of an
             :class:`Epoch`.
         progress: Whether this rank draws a progress bar on standard error.
+        checkpoints: Where the training goes on from and is kept; the history and the best weights are added to its state.
 
     Returns:
         The :class:`History`; the model has the weights of its best epoch.
@@ -130,8 +145,9 @@ def fit(
         raise GraphError(
             f"expected node attributes x, y and train_mask to train on, found no {', '.join(missing)}"
         )
-    history, best_weights, evaluating = History(), None, 0.0
+    history, evaluating = History(), 0.0
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    best_weights = BestWeights(inner)
     inputs = model_inputs(inner, share, route)
     no_rows = torch.zeros(share.num_owned(), dtype=torch.bool, device=share.device)
     masks = {split: owned.get(f"{split}_mask", no_rows) for split in SPLITS}
@@ -147,8 +163,14 @@ def fit(
         optimizer.step()
         return loss.detach()
 
-    bar = tqdm(range(1, epochs + 1), desc="training", unit="epoch", disable=not progress, leave=False)
+    kept = Checkpointer(None) if checkpoints is None else checkpoints
+    kept.track(history=history, best_weights=best_weights)
+    kept.resume()
+    bar = tqdm(range(kept.step + 1, epochs + 1), desc="training", unit="epoch", disable=not progress, leave=False)
     for number in bar:
+        # Every rank has the same metrics, so every rank stops at the same epoch.
+        if patience is not None and history.best is not None and number - 1 - history.best.epoch >= patience:
+            break
         blocked, start = meter.seconds, time.perf_counter()
         loss = step().item()
         seconds, blocked = time.perf_counter() - start, meter.seconds - blocked
@@ -160,15 +182,12 @@ def fit(
         if on_epoch is not None:
             on_epoch(**asdict(epoch))
         bar.set_postfix(loss=f"{loss:.4f}", val=f"{epoch.val:.4f}", exchange=f"{blocked / seconds:.0%}")
-        # Every rank has the same metrics, so every rank stops at the same epoch.
         if history.best is None or epoch.val > history.best.val or epoch.val != epoch.val:
             history.best = epoch
-            best_weights = {name: value.detach().clone() for name, value in inner.state_dict().items()}
-        elif patience is not None and number - history.best.epoch >= patience:
-            break
+            best_weights.keep()
+        kept.save(number, force=number == epochs)
     bar.close()
-    if best_weights is not None:
-        inner.load_state_dict(best_weights)
+    best_weights.put_back()
 
     spent = sum(epoch.seconds for epoch in history.epochs)
     exchanged = sum(epoch.exchange_seconds for epoch in history.epochs)
