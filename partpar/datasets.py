@@ -16,6 +16,7 @@ from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage
 
 from partpar.errors import GraphError
 from partpar.graph.arrays import to_pyg
+from partpar.graph.npz import read_npz
 
 GENERATED = ("planted", "karate")
 PLANETOID = ("Cora", "CiteSeer", "PubMed")
@@ -161,13 +162,7 @@ def from_npz(path: str | Path, split: int = 0) -> Data | HeteroData:
     path = Path(path)
     if not path.is_file():
         raise GraphError(f"{path}: expected an .npz file of arrays, found none there")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError) as error:
-        raise GraphError(
-            f"{path}: expected an .npz archive of plain arrays, found something else: {error}"
-        ) from error
+    arrays = read_npz(path, GraphError)
     if "src" in arrays and "dst" in arrays:
         arrays["edge_index"] = np.stack([arrays.pop("src"), arrays.pop("dst")])
     for name, array in arrays.items():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from partpar.errors import GraphError
+from partpar.graph.npz import read_npz
 
 _NEEDED = ("edge_index", "node_ptr", "edge_ptr", "y")
 
@@ -47,11 +47,8 @@ class GraphCollection:
         path = Path(path)
         if not path.is_file():
             raise GraphError(f"{path}: expected an .npz file of graphs, found none there")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: torch.from_numpy(file[name]) for name in file.files if name in cls.__annotations__}
-        except (ValueError, OSError, AttributeError) as error:
-            raise GraphError(f"{path}: expected an .npz archive of plain arrays, found something else: {error}") from error
+        found = read_npz(path, GraphError, cls.__annotations__)
+        arrays = {name: torch.from_numpy(array) for name, array in found.items()}
         missing = [name for name in _NEEDED if name not in arrays]
         if missing:
             raise GraphError(f"{path}: expected the arrays {', '.join(_NEEDED)}, found no {', '.join(missing)}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from partpar.errors import MissingPartitionError, PartitionFileError
 from partpar.graph import NODE
+from partpar.graph.npz import read_npz
 
 DGL_NODE = "_N"  # the only node type of a graph without types
 
@@ -86,8 +87,7 @@ def _mapping(path: Path, node_types: list[str]) -> dict[str, Tensor]:
         raise MissingPartitionError(f"{path}: expected the mapping of node ids, found none")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                found: Any = {name: torch.from_numpy(file[name]) for name in file.files}
+            found: Any = {name: torch.from_numpy(a) for name, a in read_npz(path, PartitionFileError).items()}
         elif path.suffix == ".npy":
             found = torch.from_numpy(np.load(path, allow_pickle=False))
         else:

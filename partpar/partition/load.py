@@ -22,6 +22,8 @@ from partpar.partition.layout import edge_key, node_key, partition_folder
 from partpar.partition.manifest import FileRecord, Manifest, read_manifest
 from partpar.partition.write import canonical
 
+_MAX_HEADER = 1 << 24
+
 
 def load_partition(
     root: str | Path, part_id: int | None, num_parts: int | None, algorithm: str, verify: bool | None
@@ -37,6 +39,10 @@ def load_partition(
         raise MissingPartitionError(
             f"{folder}: expected a partition in {num_parts} parts by {algorithm!r}, found {', '.join(found) or 'none'} in {root}; "
             f"cut the graph by partition_graph, or start as many workers as a partition has parts"
+        )
+    if folder.is_symlink():
+        raise PartitionFileError(
+            f"{folder}: expected the folder of a partition, found a link; load it from where it lies, or copy it here"
         )
     manifest = read_manifest(folder)
     if manifest.num_parts != num_parts:
@@ -149,6 +155,7 @@ class _TensorFile:
                     f"{self.path}: expected the checksum {record.sha256}, found {digest}; copy the share again"
                 )
             _remember_verified(self.path, record)
+        _check_header(self.path, size)
         try:
             self._handle: Any = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -187,6 +194,16 @@ class _TensorFile:
             for n in self.record.tensors
             if n.startswith(prefix)
         }
+
+
+def _check_header(path: Path, size: int) -> None:
+    """The reader below parses a header of up to 100 MB; a share's takes some hundred bytes for each tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise PartitionFileError(
+            f"{path}: expected a safetensors header of at most {min(max(size - 8, 0), _MAX_HEADER)} bytes, found one of {length}; copy the share again"
+        )
 
 
 # --- checksums are read once on a machine ---------------------------------------------------------------------------

@@ -80,6 +80,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise MissingPartitionError(f"{path}: expected the manifest of a partition, found no file")
+    if path.is_symlink():
+        raise PartitionFileError(f"{path}: expected a file, found a link; copy the manifest here")
     if path.stat().st_size > _MAX_BYTES:
         raise PartitionFileError(
             f"{path}: expected a manifest of at most {_MAX_BYTES} bytes, found {path.stat().st_size}"
