@@ -79,8 +79,7 @@ def _questions(rank: int, size: int, timeout: float) -> float:
                 raise ServiceError(f"expected the answer {rank}, found another")
 
     median = _median(ask_all, lambda: None)
-    agent.stop()
-    agent.withdraw("ping")
+    agent.stop(wait=agent.withdraw("ping"))
     return 1e3 * median
 
 

@@ -33,6 +33,7 @@ _endpoints: dict[str, Verbs] = {}
 _outbox = Outbox()
 _leases = 0
 _store: dist.Store | None = None
+_ended = 0  # agents of this process that were ended together with all others
 _starts: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
 
@@ -63,6 +64,8 @@ def start(
         if is_running():
             _leases += 1
             return
+        if hasattr(store, "clone"):  # so that its calls may be bounded otherwise than the others'
+            store = store.clone()
         # It listens where the process group does: on loopback, for workers of one machine.
         if "GLOO_SOCKET_IFNAME" in os.environ:
             os.environ.setdefault("TP_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
@@ -84,6 +87,7 @@ def start(
                     f"found {error}"
                 ) from error
         _leases, _store = 1, store
+        store.set(f"ended_{rank}", str(_ended))
 
 
 def start_in_default_group(timeout: float, num_threads: int, num_servers: int = 0) -> str:
@@ -151,12 +155,30 @@ def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
         if _leases > 0 or not is_running():
             return
         _leases = 0
-        if wait:
-            part_from_all("agent", timeout)
+        if wait and part_from_all("agent", timeout):
+            _end_together(min(timeout, FAREWELL))
         _store = None
-        # torch's own way to wait for the others can hang where an agent is started again in a process.
+        # torch's own way to wait for the others is not bounded.
         rpc.shutdown(graceful=False)
         _outbox.clear()
+
+
+def _end_together(timeout: float) -> None:
+    """Has torch's agent know that connections will close, once all have come; else it warns of each that does.
+
+    It numbers such meetings through a process's life, so all processes must have had as many before.
+    """
+    global _ended
+    from torch.distributed import rpc
+
+    if not hasattr(_store, "clone"):
+        return
+    assert _store is not None
+    _store.set_timeout(timedelta(seconds=timeout))
+    with contextlib.suppress(RuntimeError):  # the store's errors: somebody did not come
+        if len({_store.get(f"ended_{info.id}") for info in _infos()}) == 1:
+            rpc.api._get_current_rpc_agent().join(shutdown=True, timeout=timeout)
+            _ended += 1
 
 
 def say_farewell(what: str) -> None:
@@ -172,7 +194,7 @@ def part_from_all(what: str, timeout: float = FAREWELL) -> bool:
         return True
     say_farewell(what)
     try:
-        _store.wait([f"farewell_{what}_{info.id}" for info in _infos()], timedelta(seconds=timeout))
+        _store.wait([f"farewell_{what}_{info.id}" for info in _infos()], timedelta(seconds=min(timeout, FAREWELL)))
     except RuntimeError:  # the store's errors, of which a timeout is one
         return False
     return True
@@ -207,9 +229,20 @@ def offer(endpoint: str, verbs: Verbs) -> None:
     _endpoints[endpoint] = verbs
 
 
-def withdraw(endpoint: str) -> None:
-    r"""Takes a name back."""
+def withdraw(endpoint: str, timeout: float = FAREWELL, wait: bool = True) -> bool:
+    r"""Takes a name back, once nobody has a question to it any more.
+
+    Args:
+        endpoint: The name.
+        timeout: Seconds to wait for the others.
+        wait: Whether to wait for them at all; not after a failure.
+
+    Returns:
+        Whether all others have come to that point.
+    """
+    together = wait and part_from_all(endpoint, timeout)
     _endpoints.pop(endpoint, None)
+    return together
 
 
 def serve(endpoint: str, verb: str, tensors: Tensors, values: Values) -> tuple[Tensors, Values]:

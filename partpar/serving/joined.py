@@ -64,5 +64,14 @@ def join_service(share: GraphData, timeout: float = 60.0, cache_bytes: int = CAC
 
 
 class _Joined(RpcTransport):
+    """Leaves the agent to who started it."""
+
+    def __init__(self, endpoint: str, workers: list[list[str]], timeout: float) -> None:
+        super().__init__(endpoint, workers, timeout)
+        self._wait = True
+
+    def abandon(self) -> None:
+        self._wait = False
+
     def close(self) -> None:
-        agent.withdraw(self.endpoint)
+        agent.withdraw(self.endpoint, self.timeout, self._wait)

@@ -25,6 +25,7 @@ from partpar.serving.remote import RpcTransport
 from partpar.serving.service import Service
 
 _END = 10.0  # seconds that it gets to end by itself
+_LAST_WORD = b"end\n"
 
 
 def server_name(part: int) -> str:
@@ -72,6 +73,13 @@ class ServerProcess:
         except BrokenPipeError as error:
             raise ServiceError(f"the server of part {part} ended with code {self._process.wait()} at its start") from error
 
+    def say_end(self) -> None:
+        r"""Tells it that nobody asks any more, so that it ends together with the workers."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(_LAST_WORD)
+            self._process.stdin.flush()
+
     def close(self) -> None:
         r"""Ends it, in bounded time."""
         assert self._process.stdin is not None
@@ -102,10 +110,8 @@ def main() -> None:
         task["timeout"],
         task["num_threads"],
     )
-    for what in (task["endpoint"], "agent"):  # it never asks on its own account
-        agent.say_farewell(what)
-    sys.stdin.read()
-    agent.stop(wait=False)
+    agent.say_farewell(task["endpoint"])  # it never asks on its own account
+    agent.stop(_END / 2, wait=sys.stdin.read(len(_LAST_WORD)) == _LAST_WORD.decode())
 
 
 if __name__ == "__main__":

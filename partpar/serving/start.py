@@ -129,10 +129,10 @@ class _Leased(RpcTransport):
         self._wait = False
 
     def close(self) -> None:
-        # Others may still ask here, though this process has no more questions.
-        together = self._wait and agent.part_from_all(self.endpoint, min(self.timeout, agent.FAREWELL))
-        agent.withdraw(self.endpoint)
-        agent.stop(min(self.timeout, agent.FAREWELL), wait=together)
+        together = agent.withdraw(self.endpoint, self.timeout, self._wait)
+        if self._server is not None and together:
+            self._server.say_end()
+        agent.stop(self.timeout, wait=together)
         if self._server is not None:
             self._server.close()
 

@@ -93,8 +93,7 @@ class RowService:
             wait: Whether to wait for the other ranks to close as well; not after a failure.
         """
         if self._endpoint is not None:
-            agent.stop(min(self._timeout, agent.FAREWELL), wait=wait)
-            agent.withdraw(self._endpoint)
+            agent.stop(self._timeout, wait=agent.withdraw(self._endpoint, self._timeout, wait))
             self._endpoint = None
 
     def __enter__(self) -> RowService:
