@@ -20,11 +20,9 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 import torch_geometric.transforms as T
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
-from tqdm import tqdm
 
 from partpar import GraphData, datasets, training
 from partpar.sampling import DistNeighborLoader
@@ -112,9 +110,7 @@ def main() -> None:
             seeds = batch[args.target]
             return F.cross_entropy(model(batch), seeds.y[: seeds.batch_size]), seeds.batch_size
 
-        @torch.no_grad()
         def accuracy(split: str) -> float:
-            inner.eval()
             right = count = 0
             for batch in loaders[split]:
                 labels = batch[args.target].y[: batch[args.target].batch_size]
@@ -122,25 +118,19 @@ def main() -> None:
             right_all, count_all = training.all_numbers([right, count], worker.group).sum(0).tolist()
             return right_all / max(count_all, 1)
 
-        log, best = training.RunLog(args.metrics, args.logdir, worker.rank), {"val": -1.0, "epoch": 0}
-        bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
-        for epoch in bar:
-            model.train()
-            done = training.train_epoch(loaders["train"], loss_of, optimizer, worker.group)
-            val = accuracy("val")
-            if val > best["val"]:
-                best = {"val": val, "epoch": epoch}
-            log.write(epoch=epoch, loss=done.loss, val=val, seconds=done.seconds, phase_seconds=done.phase_seconds)
-            bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{val:.4f}")
-        test = accuracy("test")
+        def evaluate() -> dict[str, float]:
+            return {split: accuracy(split) for split in ("val", "test")}
+
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
+        with training.open_checkpoints(args, {"model": model, "optimizer": optimizer, **loaders}, worker.group) as checkpoints:
+            history = training.fit_batches(
+                model, optimizer, loaders["train"], loss_of, evaluate, args.epochs, worker.group, log.write, worker.is_first, checkpoints
+            )
         for loader in loaders.values():
             loader.close()
         if worker.is_first:
-            table = Table("what", "value", title=f"{args.model} on {args.npz.stem}, {worker.world_size} worker(s)")
-            table.add_row("accuracy, val", f"{best['val']:.4f} in epoch {best['epoch']}")
-            table.add_row("accuracy, test", f"{test:.4f} in epoch {args.epochs}")
-            table.add_row("last loss", f"{done.loss:.6f}")
-            Console().print(table)
+            title = f"{args.model} on {args.npz.stem}, {worker.world_size} worker(s)"
+            Console().print(training.batch_summary_table(history, title=title))
 
 
 def parse() -> argparse.Namespace:
@@ -161,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     return parser.parse_args()
 
 

@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from partpar.models import GraphSAGE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from partpar import GraphData, datasets, training
 from partpar.sampling import DistLinkNeighborLoader, blocks
@@ -69,33 +67,25 @@ def main() -> None:
         def loss_of(batch: Any) -> tuple[Tensor, int]:
             return F.binary_cross_entropy_with_logits(model(batch), batch.edge_label), batch.edge_label.numel()
 
-        @torch.no_grad()
         def auc(split: str) -> float:
-            inner.eval()
             told = [(inner(batch), batch.edge_label) for batch in loaders[split]]
             scores, labels = (torch.cat(pieces) for pieces in zip(*told, strict=True)) if told else (torch.empty(0),) * 2
             rows = training.all_rows(torch.stack([scores, labels], 1), worker.group)
             return training.roc_auc(rows[:, 0], rows[:, 1].long(), torch.ones(rows.size(0), dtype=torch.bool))
 
-        log, best = training.RunLog(args.metrics, args.logdir, worker.rank), {"val": -1.0, "epoch": 0}
-        bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
-        for epoch in bar:
-            model.train()
-            done = training.train_epoch(loaders["train"], loss_of, optimizer, worker.group)
-            val = auc("val")
-            if val > best["val"]:
-                best = {"val": val, "epoch": epoch}
-            log.write(epoch=epoch, loss=done.loss, val=val, seconds=done.seconds, phase_seconds=done.phase_seconds)
-            bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{val:.4f}")
-        test = auc("test")
+        def evaluate() -> dict[str, float]:
+            return {split: auc(split) for split in ("val", "test")}
+
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
+        with training.open_checkpoints(args, {"model": model, "optimizer": optimizer, **loaders}, worker.group) as checkpoints:
+            history = training.fit_batches(
+                model, optimizer, loaders["train"], loss_of, evaluate, args.epochs, worker.group, log.write, worker.is_first, checkpoints
+            )
         for loader in loaders.values():
             loader.close()
         if worker.is_first:
-            table = Table("what", "value", title=f"Links of {args.npz.stem}, {worker.world_size} worker(s)")
-            table.add_row("ROC AUC, val", f"{best['val']:.4f} in epoch {best['epoch']}")
-            table.add_row("ROC AUC, test", f"{test:.4f} in epoch {args.epochs}")
-            table.add_row("last loss", f"{done.loss:.6f}")
-            Console().print(table)
+            title = f"Links of {args.npz.stem}, {worker.world_size} worker(s)"
+            Console().print(training.batch_summary_table(history, "auc", title))
 
 
 def loader_of(share: GraphData, split: str, args: argparse.Namespace) -> DistLinkNeighborLoader:
@@ -135,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     return parser.parse_args()
 
 

@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from partpar.models import GraphSAGE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from partpar import GraphData, datasets, training
 from partpar.sampling import DistNeighborLoader, blocks
@@ -39,6 +37,7 @@ def main() -> None:
         # 2. Each worker opens its share; the loader finds what its seeds need in all of them.
         share = GraphData.load_partition(root(args), worker.rank, worker.world_size)
         owned, route = share.node(), share.to_route(worker.group)
+        owned["x"] = owned["x"].to(args.dtype)
         loader = DistNeighborLoader(
             share,
             args.fanouts,
@@ -55,7 +54,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         largest = int(owned["y"].max()) if share.num_owned() else 0
         num_classes = int(training.all_numbers([largest], worker.group).max()) + 1
-        inner = GraphSAGE(owned["x"].size(1), args.hidden, len(args.fanouts), num_classes, dropout=args.dropout)
+        inner = GraphSAGE(owned["x"].size(1), args.hidden, len(args.fanouts), num_classes, dropout=args.dropout).to(args.dtype)
         model = DistributedDataParallel(inner) if worker.world_size > 1 else inner
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 
@@ -63,35 +62,24 @@ def main() -> None:
             out = model(batch.x, blocks(batch))
             return F.cross_entropy(out, batch.y[: batch.batch_size], ignore_index=-1), batch.batch_size
 
-        # 4. Train on samples, measure exactly.
-        log, best, spent = training.RunLog(args.metrics, args.logdir, worker.rank), {"val": -1.0, "test": 0.0, "epoch": 0}, []
-        bar = tqdm(range(1, args.epochs + 1), desc="training", unit="epoch", disable=not worker.is_first, leave=False)
-        for epoch in bar:
-            model.train()
-            done = training.train_epoch(loader, loss_of, optimizer, worker.group)
+        def evaluate() -> dict[str, float]:
             logits = training.full_graph_inference(inner, share, route, gather=False)
             rows = owned["raw_ids"].argsort().argsort()  # predictions stand by raw id
-            scores = {
+            return {
                 split: training.measure(args.metric, logits[rows], owned["y"], owned[f"{split}_mask"], route)
                 for split in ("train", "val", "test")
             }
-            spent.append(done.seconds)
-            if scores["val"] > best["val"]:
-                best = {"val": scores["val"], "test": scores["test"], "epoch": epoch}
-            log.write(epoch=epoch, loss=done.loss, seconds=done.seconds, phase_seconds=done.phase_seconds, **scores)
-            bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{scores['val']:.4f}")
-        peaks = training.all_numbers([training.peak_memory() / 2**20], worker.group)[:, 0].tolist()
+
+        # 4. Train on samples, measure exactly.
+        log = training.RunLog(args.metrics, args.logdir, worker.rank)
+        with training.open_checkpoints(args, {"model": model, "optimizer": optimizer, "loader": loader}, worker.group) as checkpoints:
+            history = training.fit_batches(
+                model, optimizer, loader, loss_of, evaluate, args.epochs, worker.group, log.write, worker.is_first, checkpoints
+            )
         loader.close()
         if worker.is_first:
-            table = Table("what", "value", title=f"GraphSAGE on {args.npz or args.dataset}, {worker.world_size} worker(s)")
-            table.add_row(f"{args.metric}, val", f"{best['val']:.4f}")
-            table.add_row(f"{args.metric}, test", f"{best['test']:.4f}")
-            table.add_row("best epoch", f"{best['epoch']} of {args.epochs}")
-            table.add_row("last loss", f"{done.loss:.6f}")
-            table.add_row("seeds per second (median)", f"{done.seeds / torch.tensor(spent).median().item():,.0f}")
-            for rank, peak in enumerate(peaks):
-                table.add_row(f"rank {rank}: peak memory", f"{peak:.0f} MiB")
-            Console().print(table)
+            title = f"GraphSAGE on {args.npz or args.dataset}, {worker.world_size} worker(s)"
+            Console().print(training.batch_summary_table(history, args.metric, title))
 
 
 def parse() -> argparse.Namespace:
@@ -112,12 +100,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
     parser.add_argument("--metric", choices=["accuracy", "auc"], default="accuracy", help="auc is for two classes")
     parser.add_argument("--seed", type=int, default=0, help="of the graph, the partition, samples, weights and dropout")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of features and weights")
     parser.add_argument("--concurrency", type=int, default=1, help="threads that make batches")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that make batches instead")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
-    return parser.parse_args()
+    training.add_checkpoint_arguments(parser)
+    args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype)
+    return args
 
 
 def root(args: argparse.Namespace) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from partpar import sampling
-from partpar.distributed.dist_loader import StoreLoader, connect, rename
+from partpar.distributed.dist_loader import StoreLoader, connected, rename
 from partpar.sampling import DistNeighborSampler
 
 
@@ -56,15 +56,15 @@ class DistLinkNeighborLoader(StoreLoader, sampling.DistLinkNeighborLoader):
         **kwargs: Any,
     ) -> None:
         kwargs, channel = rename(kwargs, concurrency, async_sampling)
-        if dist_sampler is None:
-            dist_sampler = DistNeighborSampler(
-                current_ctx, data, num_neighbors, None, replace, subgraph_type, disjoint, temporal_strategy, time_attr,
-                concurrency, device, weight_attr, kwargs.get("seed", 0), rpc_timeout,
-            )  # fmt: skip
-        connect(dist_sampler, current_ctx, master_addr, master_port, num_rpc_threads, rpc_timeout)
+        sampler = connected(
+            dist_sampler, current_ctx, data, master_addr, master_port, num_rpc_threads, rpc_timeout,
+            num_neighbors=num_neighbors, replace=replace, subgraph_type=subgraph_type, disjoint=disjoint,
+            temporal_strategy=temporal_strategy, time_attr=time_attr, weight_attr=weight_attr, concurrency=concurrency,
+            seed=kwargs.get("seed", 0),
+        )  # fmt: skip
         sampling.DistLinkNeighborLoader.__init__(
             self,
-            dist_sampler.service,
+            sampler.service,
             edge_label_index=edge_label_index,
             edge_label=edge_label,
             edge_label_time=edge_label_time,
@@ -73,7 +73,7 @@ class DistLinkNeighborLoader(StoreLoader, sampling.DistLinkNeighborLoader):
             transform=transform,
             filter_per_worker=filter_per_worker,
             device=device,
-            **dist_sampler.options,
+            **sampler.options,
             **kwargs,
         )
-        self._adopt(data, dist_sampler, current_ctx, channel)
+        self._adopt(data, sampler, current_ctx, channel)

@@ -13,21 +13,33 @@ from partpar.distributed.rpc import init_rpc, shutdown_rpc
 from partpar.sampling import DistLoader, DistNeighborSampler
 from partpar.serving import agent
 
-__all__ = ["DistLoader", "StoreLoader", "connect"]
+__all__ = ["DistLoader", "StoreLoader", "connected"]
 
 _THREADS = 2  # that make batches, whatever `concurrency` is; more would only wait for each other
 
 
-def connect(
-    sampler: DistNeighborSampler,
+def connected(
+    dist_sampler: DistNeighborSampler | None,
     current_ctx: Any,
+    data: Any,
     master_addr: str | None,
     master_port: int | str | None,
     num_rpc_threads: int,
     rpc_timeout: float,
-) -> None:
-    r"""Has the processes of a context answer each other (collective): over the process group, if there is one, else over
-    the address given."""
+    **options: Any,
+) -> DistNeighborSampler:
+    r"""A sampler whose processes answer each other (collective): over the process group, if there is one, else over the
+    address given.
+
+    Args:
+        dist_sampler: The sampler, if it is made already.
+        current_ctx, data: As for :class:`DistNeighborSampler`.
+        master_addr, master_port, num_rpc_threads, rpc_timeout: As for a loader.
+        **options: Further arguments of the sampler.
+    """
+    sampler = dist_sampler
+    if sampler is None:
+        sampler = DistNeighborSampler(current_ctx, data, timeout=rpc_timeout, **options)
     sampler.init_sampler_instance()
     assert sampler._share is not None
     if sampler._share.num_parts > 1 and not agent.is_running():
@@ -44,6 +56,7 @@ def connect(
             init_rpc(current_ctx, address, port, num_rpc_threads, rpc_timeout)
         atexit.register(shutdown_rpc)
     sampler.register_sampler_rpc()
+    return sampler
 
 
 class StoreLoader(DistLoader):

@@ -14,9 +14,14 @@ from partpar.kernels.prefetch import prefetch
 _AHEAD = 8
 
 
+def table_size(capacity: int) -> int:
+    r"""How many rows a table for so many ids has."""
+    return 1 << max(4, (2 * capacity - 1).bit_length())
+
+
 def new_table(capacity: int) -> np.ndarray:
     r"""A free table for so many ids."""
-    return np.full((1 << max(4, (2 * capacity - 1).bit_length()), 2), -1, dtype=np.int64)
+    return np.full((table_size(capacity), 2), -1, dtype=np.int64)
 
 
 @njit(inline="always")

@@ -29,9 +29,9 @@ class Dropout(torch.nn.Module):
             in the order of their creation in this process, which must then be the same on every rank.
             (default: :obj:`None`)
 
-    The buffer ``step`` counts the training passes and is part of the ``state_dict`` (unless ``p`` is 0, when
-    nothing is drawn), so that a resumed run goes on where it stopped. Loading a ``state_dict`` without it, as
-    plain PyG models write, leaves it as it is.
+    ``step`` counts the training passes and is part of the ``state_dict`` (unless ``p`` is 0, when nothing is
+    drawn), so that a resumed run goes on where it stopped. Loading a ``state_dict`` without it, as plain PyG
+    models write, leaves it as it is.
 
     Raises:
         ValueError: :obj:`p` is not in :math:`[0, 1]`.
@@ -46,7 +46,8 @@ class Dropout(torch.nn.Module):
         self.p = float(p)
         self.seed = seed
         self.layer = next(_numbers) if layer is None else layer
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=p > 0)
+        # No buffer: DistributedDataParallel would broadcast it before each pass, and ranks wait for each other.
+        self.step = torch.zeros((), dtype=torch.int64)
 
     def reset_parameters(self) -> None:
         r"""Begins to count the steps anew."""
@@ -111,11 +112,15 @@ class Dropout(torch.nn.Module):
         self.step += 1
         return step
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.p > 0.0:
+            destination[prefix + "step"] = self.step
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "step" not in state_dict and "step" not in self._non_persistent_buffers_set:
-            state_dict[prefix + "step"] = self.step
-        if self.p == 0.0:
-            state_dict.pop(prefix + "step", None)  # a run with dropout goes on without
+        step = state_dict.pop(prefix + "step", None)
+        if step is not None and self.p > 0.0:  # a run without dropout goes on with any
+            self.step.copy_(step)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

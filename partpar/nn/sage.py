@@ -74,7 +74,7 @@ class SAGEConv(pyg_nn.SAGEConv):
 
     def _with_root(self, out: Tensor, x: Tensor) -> Tensor:
         if self.root_weight:
-            out = out + self.lin_r(x)
+            out = self.lin_r(x).add_(out)  # in place: it is as large as the layer's output
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
 
     @property
@@ -129,7 +129,7 @@ class SAGEConv(pyg_nn.SAGEConv):
         def mean(out: Tensor) -> Tensor:
             if kind is pyg_nn.SumAggregation:
                 return out
-            return out / adj.degrees.clamp(min=1).to(out.dtype).unsqueeze(1)
+            return out.div_(adj.degrees.clamp(min=1).to(out.dtype).unsqueeze(1))  # nobody else has the sum
 
         width = owned(x).size(1)
         if isinstance(x, SourceRows) and not self.project and width <= 2 * self.out_channels:

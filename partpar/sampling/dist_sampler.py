@@ -14,7 +14,7 @@ from torch_geometric.sampler import HeteroSamplerOutput, NegativeSampling, NodeS
 from partpar.errors import SamplingError
 from partpar.graph import EdgeType, GraphData
 from partpar.sampling.event_loop import ConcurrentEventLoop
-from partpar.sampling.neighbor_sampler import NeighborSampler, NumNeighborsType
+from partpar.sampling.neighbor_sampler import NeighborSampler, NumNeighborsType, sampling_options
 from partpar.sampling.subgraph import BatchKey, LinkSeeds, Seeds
 from partpar.serving.feature_store import LocalFeatureStore
 from partpar.serving.graph_store import LocalGraphStore
@@ -67,11 +67,9 @@ class DistNeighborSampler:
             raise SamplingError("data: expected a pair of a LocalFeatureStore and a LocalGraphStore, found something else")
         self.current_ctx, self.channel, self.concurrency, self.device = current_ctx, channel, concurrency, device
         self.feature_store, self.graph_store = data
-        self.options: dict[str, Any] = {
-            "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "weight_attr": weight_attr,
-            "subgraph_type": str(getattr(subgraph_type, "value", subgraph_type)), "time_attr": time_attr,
-            "temporal_strategy": temporal_strategy,
-        }  # fmt: skip
+        self.options = sampling_options(
+            num_neighbors, replace, subgraph_type, disjoint, temporal_strategy, time_attr, weight_attr
+        )
         self.num_neighbors, self.time_attr, self.seed, self.timeout = num_neighbors, time_attr, seed, timeout
         self.replace, self.temporal_strategy = replace, temporal_strategy
         self.disjoint = disjoint or time_attr is not None

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partpar.kernels.relabel import copy_table, find_neighbours, new_table, number_neighbours, number_seeds
+from partpar.kernels.relabel import copy_table, find_neighbours, number_neighbours, number_seeds, table_size
 from partpar.sampling.subgraph import NO_IDS
+from partpar.serving.buffers import Buffers
 from partpar.serving.messages import HopReply
 
 
@@ -18,12 +19,14 @@ class FoundNodes:
         num_nodes: Of this type in the whole graph.
         disjoint: Whether nodes belong to groups, one for each seed, and the same node of two groups is two.
         capacity: How many nodes are expected.
+        buffers: Memory for tables.
     """
 
-    def __init__(self, num_nodes: int, disjoint: bool, capacity: int) -> None:
+    def __init__(self, num_nodes: int, disjoint: bool, capacity: int, buffers: Buffers) -> None:
         self._stride = num_nodes
         self._disjoint = disjoint
-        self._table = new_table(capacity)
+        self._buffers = buffers
+        self._table = self._new_table(capacity)
         self._ids: list[Tensor] = []
         self._raw_ids: list[Tensor] = []
         self._groups: list[Tensor] = []
@@ -118,9 +121,13 @@ class FoundNodes:
     def _reserve(self, more: int) -> None:
         needed = self.size + more
         if 2 * needed > self._table.shape[0]:
-            table = new_table(2 * needed)  # room for the next hop as well, so that it is copied rarely
+            table = self._new_table(2 * needed)  # room for the next hop as well, so that it is copied rarely
             copy_table(self._table, table)
             self._table = table
+
+    def _new_table(self, capacity: int) -> np.ndarray:
+        table: np.ndarray = self._buffers.empty((table_size(capacity), 2), torch.int64).fill_(-1).numpy()
+        return table
 
 
 def _cat(pieces: list[Tensor]) -> Tensor:

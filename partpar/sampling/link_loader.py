@@ -14,8 +14,8 @@ from partpar.graph import EdgeType
 from partpar.sampling.batches import Recipe
 from partpar.sampling.inputs import link_type
 from partpar.sampling.loader import TIMEOUT, DistLoader
-from partpar.sampling.neighbor_sampler import NumNeighborsType
-from partpar.sampling.node_loader import names_of, place_of, str_of
+from partpar.sampling.neighbor_sampler import NumNeighborsType, sampling_options
+from partpar.sampling.node_loader import names_of, place_of
 from partpar.sampling.source import opened
 from partpar.serving.partition import is_typed
 from partpar.serving.service import Service
@@ -82,10 +82,9 @@ class DistLinkNeighborLoader(DistLoader):
                 edge_label = edge_label + 1
         self.data = data
         with opened(data, kwargs.get("timeout") or TIMEOUT) as source:
-            options = {
-                "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "subgraph_type": str_of(subgraph_type),
-                "weight_attr": weight_attr, "time_attr": time_attr, "temporal_strategy": temporal_strategy,
-            }  # fmt: skip
+            options = sampling_options(
+                num_neighbors, replace, subgraph_type, disjoint, temporal_strategy, time_attr, weight_attr
+            )
             service = source.service
             edge_type, columns = _columns(service, edge_label_index, edge_label, edge_label_time)
             recipe = Recipe(

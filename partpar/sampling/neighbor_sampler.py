@@ -20,10 +20,32 @@ from partpar.sampling.bidirectional import to_bidirectional
 from partpar.sampling.found import FoundNodes
 from partpar.sampling.links import sample_links
 from partpar.sampling.subgraph import NO_IDS, BatchKey, LinkSeeds, SampledSubgraph, Seeds
+from partpar.serving.buffers import Buffers
 from partpar.serving.messages import STRATEGIES, HopReply, HopRequest
 from partpar.serving.protocol import SamplingService
 
 NumNeighborsType: TypeAlias = NumNeighbors | Sequence[int] | Mapping[EdgeType, Sequence[int]]
+
+
+def sampling_options(
+    num_neighbors: NumNeighborsType,
+    replace: bool,
+    subgraph_type: Any,
+    disjoint: bool,
+    temporal_strategy: str,
+    time_attr: str | None,
+    weight_attr: str | None,
+) -> dict[str, Any]:
+    r"""Arguments of a :class:`NeighborSampler` as plain data, which may be sent to another process."""
+    return {
+        "num_neighbors": num_neighbors,
+        "replace": replace,
+        "subgraph_type": SubgraphType(subgraph_type).value,
+        "disjoint": disjoint,
+        "temporal_strategy": temporal_strategy,
+        "time_attr": time_attr,
+        "weight_attr": weight_attr,
+    }
 
 
 class NeighborSampler:
@@ -78,6 +100,7 @@ class NeighborSampler:
         for hop in reversed(range(self.num_hops)):
             widest = max(fanouts[hop] if fanouts[hop] >= 0 else 16 for fanouts in self.num_neighbors.values())
             self._tree_size = min(1 + widest * self._tree_size, 1 << 20)
+        self._buffers = Buffers()
         self._words = {t: _word("__".join(t)) for t in self.edge_types}
 
     def sample_nodes(self, seeds: Mapping[str, Seeds], key: BatchKey) -> SampledSubgraph:
@@ -175,7 +198,7 @@ class NeighborSampler:
             expected = min(
                 self._tree_size * seeds[node_type].ids.numel() if node_type in seeds else 0, 1 << 20
             )
-            found[node_type] = FoundNodes(num_nodes, self.disjoint, expected)
+            found[node_type] = FoundNodes(num_nodes, self.disjoint, expected, self._buffers)
         for node_type, some in seeds.items():
             n = some.ids.numel()
             groups = torch.arange(first, first + n) if self.disjoint else NO_IDS

@@ -13,7 +13,7 @@ from partpar.errors import SamplingError
 from partpar.sampling.batches import Recipe
 from partpar.sampling.inputs import NodeInputs, node_inputs, share_out
 from partpar.sampling.loader import TIMEOUT, DistLoader
-from partpar.sampling.neighbor_sampler import NumNeighborsType
+from partpar.sampling.neighbor_sampler import NumNeighborsType, sampling_options
 from partpar.sampling.source import attributes, opened
 from partpar.serving.partition import is_typed
 from partpar.serving.service import Service
@@ -85,10 +85,9 @@ class DistNeighborLoader(DistLoader):
             raise SamplingError("input_time: expected time_attr as well, found none; name the attribute that it is compared with")
         self.data = data
         with opened(data, kwargs.get("timeout") or TIMEOUT) as source:
-            options = {
-                "num_neighbors": num_neighbors, "replace": replace, "disjoint": disjoint, "subgraph_type": str_of(subgraph_type),
-                "weight_attr": weight_attr, "time_attr": time_attr, "temporal_strategy": temporal_strategy,
-            }  # fmt: skip
+            options = sampling_options(
+                num_neighbors, replace, subgraph_type, disjoint, temporal_strategy, time_attr, weight_attr
+            )
             service = source.service
             inputs = _seeds(service, input_nodes, seeds)
             columns = _columns(service, inputs, input_time, time_attr)
@@ -97,11 +96,6 @@ class DistNeighborLoader(DistLoader):
             )
             super().__init__(service, recipe, **kwargs)
         self._closers.append(source.close)
-
-
-def str_of(subgraph_type: Any) -> str:
-    r"""The name of a sub-graph type, which PyG also has an enumeration of."""
-    return str(getattr(subgraph_type, "value", subgraph_type))
 
 
 def names_of(service: Service, names: Sequence[str] | None) -> dict[Any, list[str]]:

@@ -7,14 +7,15 @@ from partpar.training.inference import InferenceError, full_graph_inference
 from partpar.training.log import RunLog
 from partpar.training.machine import forget_peak_memory, peak_memory, tune_allocator
 from partpar.training.metrics import JsonLines, accuracy, measure, roc_auc
-from partpar.training.mini_batch import BatchEpoch, train_epoch
+from partpar.training.mini_batch import BatchEpoch, BatchHistory, fit_batches, train_epoch
 from partpar.training.scalars import Scalars, ScalarsError
 from partpar.training.setup import Context, SetupError, init
-from partpar.training.summary import summary_table
+from partpar.training.summary import batch_summary_table, summary_table
 from partpar.training.together import FirstRankError, all_numbers, all_rows, first_rank
 
 __all__ = [
     "BatchEpoch",
+    "BatchHistory",
     "Checkpointer",
     "Context",
     "Epoch",
@@ -30,9 +31,11 @@ __all__ = [
     "add_checkpoint_arguments",
     "all_numbers",
     "all_rows",
+    "batch_summary_table",
     "evaluate",
     "first_rank",
     "fit",
+    "fit_batches",
     "forget_peak_memory",
     "full_graph_inference",
     "init",
