@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from support.contenders import model_arguments
+from support.contest import agree, cut, kept, list_table, summarise
 from support.launch import launch
 from support.targets import Claim, claims, ratios
 
@@ -40,7 +40,6 @@ from partpar.datasets import planted
 
 HERE = Path(__file__).parent
 CLASSES = 32
-TOLERANCE = 1e-4  # relative, of float32 losses
 
 
 @dataclass(frozen=True)
@@ -75,39 +74,29 @@ CONTENDERS = (
 def prepare(args: argparse.Namespace, parts: tuple[int, ...] = (1, 2, 4)) -> tuple[Path, dict[str, Any]]:
     r"""Generates the graph, cuts it and draws first weights; kept in a folder for the next time."""
     sizes = (args.nodes, args.edges, args.features, args.hidden, args.communities, args.mixing, *parts)
-    key = "_".join(map(str, sizes))
-    folder = args.folder / f"partpar_full_graph_{key}"
-    facts = folder / "facts.json"
-    if facts.exists():
-        return folder, json.loads(facts.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    # Loops and duplicates are dropped: some more are drawn, and the rest is told.
-    data = planted(
-        args.nodes, CLASSES, args.features, 1.14 * args.edges / args.nodes, args.mixing,
-        num_communities=args.communities,
-    )  # fmt: skip
-    edges = data.edge_index.flip(0).contiguous()  # sorted by destination, as PyG likes it
-    save_file(
-        {"x": data.x, "y": data.y, "train_mask": data.train_mask, "edge_index": edges},
-        folder / "graph.safetensors",
-    )
-    graph = GraphData.from_pyg_data(data)
-    reports = {}
-    for count in parts:
-        path = graph.partition_graph(folder, count, overwrite=True)
-        report = json.loads((path / "manifest.json").read_text())["report"]
-        reports[count] = {key: report[key] for key in ("edge_cut", "halo_share")}
-    for model in ("gcn", "sage", "gat"):
-        torch.manual_seed(0)
-        name, arguments = model_arguments(model, args.features, args.hidden, CLASSES)
-        save_file(getattr(pyg_nn, name)(**arguments).state_dict(), folder / f"{model}.safetensors")
-    degrees = edges[1].bincount(minlength=args.nodes)
-    told = {
-        "nodes": args.nodes, "edges": edges.size(1), "features": args.features, "classes": CLASSES,
-        "largest_degree": int(degrees.max()), "mixing": args.mixing, "cut": reports,
-    }  # fmt: skip
-    facts.write_text(json.dumps(told))
-    return folder, json.loads(facts.read_text())
+    folder = args.folder / f"partpar_full_graph_{'_'.join(map(str, sizes))}"
+
+    def make() -> dict[str, Any]:
+        # Loops and duplicates are dropped: some more are drawn, and the rest is told.
+        data = planted(
+            args.nodes, CLASSES, args.features, 1.14 * args.edges / args.nodes, args.mixing,
+            num_communities=args.communities,
+        )  # fmt: skip
+        edges = data.edge_index.flip(0).contiguous()  # sorted by destination, as PyG likes it
+        tensors = {"x": data.x, "y": data.y, "train_mask": data.train_mask, "edge_index": edges}
+        save_file(tensors, folder / "graph.safetensors")
+        for model in ("gcn", "sage", "gat"):
+            torch.manual_seed(0)
+            name, arguments = model_arguments(model, args.features, args.hidden, CLASSES)
+            save_file(getattr(pyg_nn, name)(**arguments).state_dict(), folder / f"{model}.safetensors")
+        degrees = edges[1].bincount(minlength=args.nodes)
+        return {
+            "nodes": args.nodes, "edges": edges.size(1), "features": args.features, "classes": CLASSES,
+            "largest_degree": int(degrees.max()), "mixing": args.mixing,
+            "cut": cut(GraphData.from_pyg_data(data), folder, parts),
+        }  # fmt: skip
+
+    return folder, kept(folder, make)
 
 
 def run(
@@ -122,36 +111,6 @@ def run(
         "epochs": max(2, args.epochs // 3) if slow else args.epochs, **more,
     }  # fmt: skip
     return launch("contenders.py", case, contender.ranks, contender.threads)
-
-
-def summarise(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    r"""Medians over rounds; of each epoch the slowest rank, of each round the largest."""
-    epochs = [max(times) for ranks in rounds for times in zip(*(r["seconds"] for r in ranks), strict=True)]
-    row: dict[str, Any] = {
-        "seconds": statistics.median(epochs),
-        "peak": statistics.median(max(r["peak"] for r in ranks) for ranks in rounds),
-        "losses": rounds[0][0]["losses"],
-        "gradient": rounds[0][0]["gradient"],
-    }
-    for name, pick in (("visible", max), ("hidden", max), ("bytes_sent", sum), ("dense", max)):
-        if name in rounds[0][0]:
-            row[name] = statistics.median(pick(r[name] for r in ranks) for ranks in rounds)
-    return row
-
-
-def agree(results: dict[str, dict[str, Any]], model: str) -> float:
-    r"""The largest relative difference of a loss in the first epochs.
-
-    Raises:
-        AssertionError: Somebody computes something else.
-    """
-    worst, told = 0.0, {name: row["losses"][:3] for name, row in results.items()}
-    reference = next(iter(told.values()))
-    for name, losses in told.items():
-        for ours, theirs in zip(losses, reference, strict=False):
-            worst = max(worst, abs(ours - theirs) / abs(theirs))
-        assert worst <= TOLERANCE, f"{model}: {name} has losses {losses}, PyG has {reference}"
-    return worst
 
 
 def kernels(args: argparse.Namespace) -> dict[str, float]:
@@ -212,9 +171,7 @@ def rst(tables: dict[str, list[list[str]]], facts: dict[str, Any], held: list[Cl
     ]  # fmt: skip
     lines += [f"- {claim.text}: {'yes' if claim.holds else 'no'}, {claim.found:.3f}." for claim in held]
     for model, rows in tables.items():
-        lines += ["", f".. list-table:: {model}", "   :header-rows: 1", ""]
-        for row in [list(HEADER), *rows]:
-            lines += [f"   {'*' if i == 0 else ' '} - {cell}".rstrip() for i, cell in enumerate(row)]
+        lines += ["", *list_table(model, [HEADER, *rows])]
     return "\n".join(lines) + "\n"
 
 

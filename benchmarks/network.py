@@ -23,6 +23,7 @@ from full_graph import CLASSES, CONTENDERS, prepare, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from support.contest import list_table
 from support.launch import launch
 
 from partpar.training.cost import (
@@ -145,13 +146,11 @@ def show(title: str, rows: list[dict[str, Any]], console: Console) -> list[str]:
             return str(value)
         return f"{value:.3g}" if value < 1e4 else f"{value:.3e}"
 
-    table, lines = Table(*rows[0], title=title), [f".. list-table:: {title}", "   :header-rows: 1", ""]
-    for cells in [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]:
-        lines += [f"   {'*' if i == 0 else ' '} - {text}" for i, text in enumerate(cells)]
-    for row in rows:
-        table.add_row(*map(cell, row.values()))
+    table, cells = Table(*rows[0], title=title), [[cell(value) for value in row.values()] for row in rows]
+    for row in cells:
+        table.add_row(*row)
     console.print(table)
-    return [*lines, ""]
+    return [*list_table(title, [list(rows[0]), *cells]), ""]
 
 
 def main() -> None:
