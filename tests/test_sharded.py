@@ -154,6 +154,20 @@ def test_every_dtype_and_shape_moves(gang: Gang, world_size: int) -> None:
     gang.run(every_dtype, world_size)
 
 
+def some_and_many(worker: Worker) -> None:
+    t = DistTensor((50_000,), torch.int64)
+    t.local_rows[:] = t.local_ids
+    for sizes in ((3, 0), (4, 900), (40_000, 1), (40_000, 40_000), (0, 0), (1000, 5), (1000, 5), (5, 1000)):
+        ids = torch.arange(49_999, 49_999 - sizes[worker.rank % 2], -1)
+        assert torch.equal(t[ids], ids)
+        t[ids[:50]] = ids[:50]
+
+
+def test_requests_of_every_length_follow_each_other(gang: Gang) -> None:
+    r"""Room for ids is made by what was needed before."""
+    gang.run(some_and_many, 3)
+
+
 def by_raw_id(worker: Worker) -> Tensor:
     raw_ids = torch.randperm(40, generator=torch.Generator().manual_seed(worker.world_size))
     t = DistTensor((40, 3))

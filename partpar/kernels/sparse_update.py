@@ -2,7 +2,8 @@ r"""Compiled steps of optimisers on some rows of a table. Entry by entry they ar
 table: sums are never reordered or fused, so that no number of workers or threads changes a bit.
 
 All take ``lo, hi`` (the slots to work on), ``weight`` and further state ``[num_rows, C]``, ``touched`` int32 ``[slots]``
-(the row of each slot) and ``grads`` ``[slots, C]``. Scalars must be of the dtype of ``weight``.
+(the row of each slot) and ``grads`` ``[slots, C]``. Scalars must be of the dtype of ``weight``. Loops that divide do not
+look for zeros, as numpy does not: with a way out for errors they would not run on vectors.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def sgd_rows(
             weight[row, c] -= lr * grads[slot, c]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def adagrad_rows(
     lo: int, hi: int, weight: np.ndarray, squares: np.ndarray, touched: np.ndarray, grads: np.ndarray,
     lr: np.floating, eps: np.floating,
@@ -61,7 +62,7 @@ def adagrad_rows(
             weight[row, c] -= lr * (g / (math.sqrt(squares[row, c]) + eps))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def adam_rows(
     lo: int, hi: int, weight: np.ndarray, means: np.ndarray, squares: np.ndarray, touched: np.ndarray,
     grads: np.ndarray, step_size: np.floating, keep_1: np.floating, keep_2: np.floating, eps: np.floating,

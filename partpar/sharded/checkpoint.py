@@ -45,7 +45,7 @@ class ShardedRows(Tensor):
             return cls(args[0].shape, args[0].local, args[0].first_id)
         if name is torch.ops.aten.clone:
             return cls(args[0].shape, args[0].local.clone(), args[0].first_id)
-        raise NotImplementedError(f"expected rows of all workers to be saved or loaded, found {func}; use .local")
+        raise RouteError(f"expected rows of all workers to be saved or loaded, found {func}; use .local")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShardedRows({tuple(self.shape)}, {len(self.local)} here from {self.first_id})"

@@ -3,6 +3,7 @@ number of workers, and each worker makes its own rows alone."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -39,7 +40,7 @@ class Constant:
         rows.fill_(self.value)
 
 
-class _Drawn:
+class _Drawn(ABC):
     """Drawn by a counter."""
 
     def of(self, ids: Tensor) -> OfIds:
@@ -51,8 +52,9 @@ class _Drawn:
         """
         return OfIds(self, ids)
 
+    @abstractmethod
     def draw(self, rows: Tensor, ids: Tensor) -> None:
-        raise NotImplementedError
+        """Fills ``[n, *]``, the rows of these ids, in place."""
 
     def fill(self, rows: Tensor, first_id: int) -> None:
         for start in range(0, len(rows), _CHUNK):

@@ -2,6 +2,7 @@ r"""Optimisers that update only the rows of the step, each at its owner."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from partpar.sharded.gradients import Gradients
 REDUCTIONS = ("sum", "mean")
 
 
-class SparseOptimizer:
+class SparseOptimizer(ABC):
     r"""What the optimisers of :class:`DistEmbedding` have in common.
 
     :meth:`step` brings the gradients noted since the last one to the owners of their rows. There those of one id are
@@ -109,8 +110,9 @@ class SparseOptimizer:
             if not int(np.bitwise_or.reduce(arrived.flags)) & more:
                 return [bool(int(reached) >> i & 1) for i in range(len(tables))]
 
+    @abstractmethod
     def _update(self, i: int, gradient: Gradients) -> None:
-        raise NotImplementedError
+        """Updates the rows of table ``i`` that have a gradient."""
 
     def _run(self, body: Any, i: int, state: Sequence[str], gradient: Gradients, *numbers: float) -> None:
         """Runs a compiled step over the rows touched; a row is one thread's work."""

@@ -1,9 +1,9 @@
 r"""Rows by id between workers that all call at once: fetched (:func:`pull`) or brought to their owners (:func:`push`).
 
-A call is three exchanges: a header of fixed size, ids, rows. The header tells every rank what every other is about to
-do, how many rows it will ask for, and whether it found something wrong, so that ranks which disagree, or of which one
-cannot go on, all raise before anything is sent that the other side would not expect. Rows of several tensors travel in
-one exchange, as bytes. A worker's own rows do not travel.
+A call is two exchanges: a word and rows. The word tells every rank what every other is about to do, which rows it names,
+and whether it found something wrong, so that ranks which disagree, or of which one cannot go on, all raise before
+anything is sent that the other side would not expect. Ids that it has no room for follow by themselves. Rows of several
+tensors travel in one exchange, as bytes. A worker's own rows do not travel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from partpar.errors import IdError, RouteError
 from partpar.kernels.table import fetch_rows, word_of, words
 from partpar.sharded.shard import Shard
 from partpar.sharded.wanted import Wanted, nothing, want
-from partpar.sharded.wire import away, block, give, in_order, send_ids, starts_of, take
+from partpar.sharded.wire import block, give, in_order, starts_of, take
 from partpar.sharded.word import MOST_TENSORS, Word
 
 __all__ = ["MOST_TENSORS", "Arrived", "Brought", "RowsOnTheWay", "pull", "push"]
@@ -84,18 +84,18 @@ def pull(
     if error is not None:
         wanted = [nothing(shard) for shard in shards]
     word = Word(what, shards, wanted, group, error)
-    rank = shards[0].rank
-    asked = away(np.stack([w.counts for w in wanted], 1), rank)
+    rank, asked = shards[0].rank, word.asked
     out = [
         torch.empty((len(w.order), *s.rows.shape[1:]), dtype=s.rows.dtype) for s, w in zip(shards, wanted, strict=True)
     ]
     for shard, w, rows in zip(shards, wanted, out, strict=True):
         own = w.block(rank)
         fetch_rows(shard.words, w.local[own], words(rows), w.order[own])
-    heard = away(word.heard()[0], rank)
+    told = word.heard()
+    heard = told.counts
     way = RowsOnTheWay(out, shards, wanted, asked)
     if group is not None:
-        named = send_ids(wanted, asked, heard, group).wait().numpy()
+        named = told.named.wait().numpy()
         starts, send_bytes = starts_of(heard, shards)
         sent = take(sum(send_bytes))
         begin, buffer = 0, sent.numpy()
@@ -169,8 +169,7 @@ def push(
     if error is not None:
         wanted = [nothing(shard) for shard in shards]
     word = Word(what, shards, wanted, group, error, flags)
-    rank, landing, named = shards[0].rank, None, np.empty(0, np.int64)
-    asked = away(np.stack([w.counts for w in wanted], 1), rank)
+    rank, asked, landing, named = shards[0].rank, word.asked, None, np.empty(0, np.int64)
     starts, send_bytes = starts_of(asked, shards)
     sent = take(sum(send_bytes))
     buffer = sent.numpy()
@@ -180,14 +179,13 @@ def push(
             num = int(asked[part, i])
             into = block(buffer, int(starts[part, i]), num, shard.row_bytes, word_of(shard.row_bytes))
             fetch_rows(given, w.order[w.block(part)], into, in_order(num))
-    heard, all_flags = word.heard()
-    heard = away(heard, rank)
+    told = word.heard()
+    heard = told.counts
     if group is not None:
-        flight = send_ids(wanted, asked, heard, group)
         starts, recv_bytes = starts_of(heard, shards)
         landing = take(sum(recv_bytes))
         carried = exchange.send_rows(sent, send_bytes, recv_bytes, group, landing)
-        named = flight.wait().numpy()
+        named = told.named.wait().numpy()
         carried.wait()
     brought: list[list[Brought]] = [[] for _ in shards]
     begin = 0
@@ -204,4 +202,4 @@ def push(
                 brought[i].append(Brought(named[begin : begin + num], typed, in_order(num)))
                 begin += num
     buffers = (sent,) if landing is None else (sent, landing)
-    return Arrived(brought, all_flags, buffers)
+    return Arrived(brought, told.flags, buffers)

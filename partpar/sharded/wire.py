@@ -71,21 +71,23 @@ def away(counts: np.ndarray, rank: int) -> np.ndarray:
     return counts
 
 
+def id_blocks(wanted: Sequence[Wanted], part: int) -> list[np.ndarray]:
+    """The rows of a part that are named, tensor after tensor."""
+    return [w.local[w.block(part)] for w in wanted]
+
+
 def send_ids(
-    wanted: Sequence[Wanted], asked: np.ndarray, heard: np.ndarray, group: ProcessGroup
+    wanted: Sequence[Wanted], dtype: np.dtype, asked: np.ndarray, heard: np.ndarray, group: ProcessGroup
 ) -> exchange.RowsInFlight:
     r"""Begins telling each rank which of its rows this one names.
 
     Args:
         wanted: For each tensor.
+        dtype: In which they travel.
         asked: int64 ``[num_parts, num_tensors]``, rows of each rank that this one names.
         heard: The same the other way.
         group: An own group.
     """
-    size, dtype = len(asked), wanted[0].local.dtype if len({w.local.dtype for w in wanted}) == 1 else np.int64
-    if len(wanted) == 1:
-        ids = wanted[0].local[: wanted[0].num_away]
-    else:
-        blocks = [w.local[w.block(part)] for part in range(size) if asked[part].any() for w in wanted]
-        ids = np.concatenate([np.empty(0, dtype), *blocks]).astype(dtype, copy=False)
+    blocks = [ids for part in np.flatnonzero(asked.any(1)).tolist() for ids in id_blocks(wanted, part)]
+    ids = np.concatenate([np.empty(0, dtype), *blocks]).astype(dtype, copy=False)
     return exchange.send_rows(torch.from_numpy(ids), asked.sum(1).tolist(), heard.sum(1).tolist(), group)
