@@ -45,12 +45,16 @@ def main() -> None:
         means = []
         for seed in args.seeds:
             start = time.perf_counter()
-            curves = []
-            bar = tqdm(folds(graphs.y, args.folds, seed), desc=f"seed {seed}", total=args.folds, unit="fold",
-                       disable=not worker.is_first, leave=False)  # fmt: skip
-            for number, (train, test) in enumerate(bar):
-                curves.append(run_fold(args, worker, graphs, train, test, seed))
-                log.write(seed=seed, fold=number, accuracy=curves[-1])
+            with training.open_checkpoints(args, {}, worker.group, f"seed_{seed}") as checkpoints:
+                curves = (checkpoints.resume() or {"curves": []})["curves"]
+                bar = tqdm(folds(graphs.y, args.folds, seed), desc=f"seed {seed}", total=args.folds, unit="fold",
+                           disable=not worker.is_first, leave=False)  # fmt: skip
+                for number, (train, test) in enumerate(bar):
+                    if number < checkpoints.step:  # an earlier run was through with it
+                        continue
+                    curves.append(run_fold(args, worker, graphs, train, test, seed))
+                    log.write(seed=seed, fold=number, accuracy=curves[-1])
+                    checkpoints.save(number + 1, force=number + 1 == args.folds, curves=curves)
             by_epoch = torch.tensor(curves).mean(0)
             for epoch, value in enumerate(by_epoch.tolist(), 1):
                 scalars.write(epoch, **{f"seed {seed}/accuracy": value})
@@ -184,6 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each fold")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser, "folds")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     return args

@@ -13,6 +13,7 @@ each batch of sampled neighbourhoods, which updates the rows in the batch.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -111,34 +112,38 @@ def train(
         return step(global_mean(losses, nodes["train_mask"], route))
 
     run_epoch: Callable[[], float] = whole_graph
+    state = {"model": model, "optimizer": optimizer, **({} if sparse is None else {"sparse": sparse})}
     if args.batch_size:
         loader = DistNeighborLoader(
             share, [args.fanout] * args.num_layers, nodes["train_mask"], batch_size=args.batch_size, shuffle=True,
             seed=seed, attributes=["y"],
         )  # fmt: skip
         run_epoch = partial(sampled, loader, parallel, step)
+        state["loader"] = loader
 
     best: dict[str, float] = {"val": -1.0}
-    seconds = []
-    bar = tqdm(range(1, args.epochs + 1), desc=f"seed {seed}", unit="epoch", disable=not worker.is_first, leave=False)
-    for epoch in bar:
-        start = time.perf_counter()
-        model.train()
-        loss = run_epoch()
-        seconds.append(time.perf_counter() - start)
-        model.eval()
-        with torch.no_grad():
-            logits = outputs(model)
-        scores = {
-            split: training.measure("accuracy", logits, nodes["y"], nodes[f"{split}_mask"], route) for split in SPLITS
-        }
-        log.write(seed=seed, epoch=epoch, loss=loss, **scores)
-        bar.set_postfix(loss=f"{loss:.4f}", val=f"{scores['val']:.4f}")
-        if scores["val"] > best["val"]:
-            best = {"epoch": float(epoch), **scores}
+    seconds: list[float] = []
+    with training.open_checkpoints(args, state, worker.group, f"seed_{seed}") as checkpoints:
+        best = (checkpoints.resume() or {"best": best})["best"]
+        epochs = range(checkpoints.step + 1, args.epochs + 1)
+        for epoch in tqdm(epochs, desc=f"seed {seed}", unit="epoch", disable=not worker.is_first, leave=False):
+            start = time.perf_counter()
+            model.train()
+            loss = run_epoch()
+            seconds.append(time.perf_counter() - start)
+            model.eval()
+            with torch.no_grad():
+                logits = outputs(model)
+            scores = {
+                split: training.measure("accuracy", logits, nodes["y"], nodes[f"{split}_mask"], route) for split in SPLITS
+            }
+            log.write(seed=seed, epoch=epoch, loss=loss, **scores)
+            if scores["val"] > best["val"]:
+                best = {"epoch": float(epoch), **scores}
+            checkpoints.save(epoch, force=epoch == args.epochs, best=best)
     if args.batch_size:
         loader.close()
-    return best, torch.tensor(seconds).median().item()
+    return best, statistics.median(seconds or [0.0])
 
 
 def sampled(loader: DistNeighborLoader, model: torch.nn.Module, step: Callable[[Tensor], float]) -> float:
@@ -208,6 +213,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another worker")
     train.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     train.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     args = parser.parse_args()
     if args.batch_size and not args.use_dist_embedding:
         parser.error("--batch_size trains learned rows: leave --no-use_dist_embedding out")

@@ -50,23 +50,27 @@ def main() -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         inputs = (x, share.adj_dict(), route)
         log = training.RunLog(args.metrics, args.logdir, worker.rank)
-        for epoch in range(1, args.epochs + 1):
-            optimizer.zero_grad()
-            rows = F.cross_entropy(model(*inputs), owned["y"], reduction="none", ignore_index=-1)
-            loss = global_mean(rows, owned["train_mask"], route)
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                logits = inner(*inputs)
-            scores = {
-                split: accuracy(logits, owned["y"], owned[f"{split}_mask"], route[args.target])
-                for split in ("train", "val", "test")
-                if f"{split}_mask" in owned
-            }
-            record = {"epoch": epoch, "loss": loss.item(), **scores}
-            log.write(**record)
-            if worker.is_first:
-                print(json.dumps(record), flush=True)
+        state = {"model": model, "optimizer": optimizer}
+        with training.open_checkpoints(args, state, worker.group) as checkpoints:
+            checkpoints.resume()
+            for epoch in range(checkpoints.step + 1, args.epochs + 1):
+                optimizer.zero_grad()
+                rows = F.cross_entropy(model(*inputs), owned["y"], reduction="none", ignore_index=-1)
+                loss = global_mean(rows, owned["train_mask"], route)
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    logits = inner(*inputs)
+                scores = {
+                    split: accuracy(logits, owned["y"], owned[f"{split}_mask"], route[args.target])
+                    for split in ("train", "val", "test")
+                    if f"{split}_mask" in owned
+                }
+                record = {"epoch": epoch, "loss": loss.item(), **scores}
+                log.write(**record)
+                if worker.is_first:
+                    print(json.dumps(record), flush=True)
+                checkpoints.save(epoch, force=epoch == args.epochs)
 
 
 class Classifier(torch.nn.Module):
@@ -162,6 +166,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of all rows")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "typed")

@@ -48,19 +48,22 @@ def main() -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         last = len(snapshots) - 2  # the last two windows: the state after one predicts the edges of the other
         log = training.RunLog(args.metrics, args.logdir, worker.rank)
-        for epoch in range(1, args.epochs + 1):
-            optimizer.zero_grad()
-            loss, _ = model(range(last))
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                _, (logits, label) = sequence(range(last + 1))
-            everything = torch.ones_like(label, dtype=torch.bool)
-            auc = roc_auc(logits, label.long(), everything, snapshots[0].route)
-            record = {"epoch": epoch, "loss": loss.item(), "auc": auc}
-            log.write(**record)
-            if worker.is_first:
-                print(json.dumps(record), flush=True)
+        with training.open_checkpoints(args, {"model": model, "optimizer": optimizer}, worker.group) as checkpoints:
+            checkpoints.resume()
+            for epoch in range(checkpoints.step + 1, args.epochs + 1):
+                optimizer.zero_grad()
+                loss, _ = model(range(last))
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    _, (logits, label) = sequence(range(last + 1))
+                everything = torch.ones_like(label, dtype=torch.bool)
+                auc = roc_auc(logits, label.long(), everything, snapshots[0].route)
+                record = {"epoch": epoch, "loss": loss.item(), "auc": auc}
+                log.write(**record)
+                if worker.is_first:
+                    print(json.dumps(record), flush=True)
+                checkpoints.save(epoch, force=epoch == args.epochs)
 
 
 class Sequence(torch.nn.Module):
@@ -131,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of all rows")
     parser.add_argument("--metrics", type=Path, help="file to append a JSON line to for each epoch")
     parser.add_argument("--logdir", type=Path, help="folder of TensorBoard events to write to")
+    training.add_checkpoint_arguments(parser)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "temporal")

@@ -35,6 +35,8 @@ from partpar.training import Checkpointer, checkpoint_files, checkpoint_storage
 from partpar.training.checkpoint_files import MANIFEST, MARKER, open_checkpoint, steps_in
 from partpar.training.state_tree import join, split
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
 
 class Training:
     r"""A small training that draws from everything that a checkpoint has to keep."""
@@ -42,7 +44,7 @@ class Training:
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - what others draw from
         self.model = torch.nn.Sequential(
             torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), Dropout(0.5, seed=1, layer=0), torch.nn.Dropout(0.2),
             torch.nn.Linear(8, 1),
@@ -57,13 +59,14 @@ class Training:
         return {name: getattr(self, name) for name in names}
 
     def step(self) -> float:
-        x = torch.randn(16, 4, generator=self.draw, dtype=torch.float64) + random.random() + np.random.rand()
+        x = torch.randn(16, 4, generator=self.draw, dtype=torch.float64) + random.random()
+        x = x + np.random.rand()  # noqa: NPY002
         self.optimizer.zero_grad()
         loss = self.model(x).square().mean() + torch.rand(()).double()
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        return float(loss)
+        return loss.item()
 
 
 def kept(folder: Path, **options: Any) -> list[int]:
@@ -218,9 +221,9 @@ def test_without_a_whole_one_nothing_begins_anew(tmp_path: Path) -> None:
     for step in (2, 3):
         (checkpoint_files.final_folder(tmp_path, step) / MARKER).write_text("")
     for _ in range(2):
-        with Checkpointer(tmp_path, Training().state, resume=True) as checkpoints, pytest.warns(UserWarning), pytest.raises(
-            DamagedCheckpointError, match="found 2 damaged ones"
-        ):
+        with Checkpointer(tmp_path, Training().state, resume=True) as checkpoints, pytest.warns(
+            UserWarning, match="passed over"
+        ), pytest.raises(DamagedCheckpointError, match="found 2 damaged ones"):
             checkpoints.resume()
 
 
@@ -372,6 +375,13 @@ def test_a_loader_goes_on_within_an_epoch(concurrency: int) -> None:
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_keeps_checkpoints(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert "training.add_checkpoint_arguments(parser" in text
+    assert "training.open_checkpoints(args, " in text
+
+
 # --- several workers ------------------------------------------------------------------------------------------------
 
 
@@ -430,13 +440,8 @@ def write_on_a_full_disk(worker: Any, folder: Path) -> list[int]:
         checkpoints.save(1)
         if worker.rank == worker.world_size - 1:
             keep, checkpoint_storage.save_file = checkpoint_storage.save_file, _full  # type: ignore[assignment]
-        try:
+        with pytest.raises(CheckpointWriteError, match=f"rank {worker.world_size - 1}: .*No space left on device"):
             checkpoints.save(2)
-        except CheckpointWriteError as error:
-            assert f"rank {worker.world_size - 1}" in str(error)
-            assert "No space left on device" in str(error)
-        else:
-            raise AssertionError("nothing was told")
         if worker.rank == worker.world_size - 1:
             checkpoint_storage.save_file = keep
         checkpoints.save(3)

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from partpar import exchange
-from partpar.errors import AgreementError, CheckpointError, CheckpointWriteError, DamagedCheckpointError, RouteError
+from partpar.errors import AgreementError, CheckpointError, DamagedCheckpointError, RouteError
 from partpar.sharded.checkpoint import ShardedRows
 from partpar.sharded.shard import digest
 from partpar.training import checkpoint_files as files

@@ -14,7 +14,7 @@ def random_state() -> dict[str, Tensor]:
     r"""The states of this process's generators, as tensors."""
     version, numbers, gauss = random.getstate()
     kind, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the one that others draw from
-    assert version == 3 and kind == "MT19937"
+    assert (version, kind) == (3, "MT19937")
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(numbers, dtype=torch.int64),
