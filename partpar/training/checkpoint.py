@@ -212,7 +212,8 @@ class Checkpointer:
         damaged: dict[int, str] = {}
         for step in reversed(self._steps):
             assert self.folder is not None
-            manifest, error = None, None
+            manifest: files.Manifest | None = None
+            error: str | None = None
             try:
                 manifest = files.open_checkpoint(self.folder, step, self._rank, self._world_size)
             except DamagedCheckpointError as wrong:
@@ -245,7 +246,10 @@ class Checkpointer:
         from partpar.training.checkpoint_storage import read
 
         assert self.folder is not None
-        what, into, values, error = f"resume from step {manifest.step}", {}, {}, None
+        what = f"resume from step {manifest.step}"
+        into: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        error: str | None = None
         try:
             into = wanted(self._state, manifest, self._rank)
         except CheckpointError as wrong:

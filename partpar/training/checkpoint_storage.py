@@ -132,8 +132,9 @@ class _Writer(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name, results = plan.storage_data["file"], []
-        tensors = {}
+        name: str = plan.storage_data["file"]
+        results: list[WriteResult] = []
+        tensors: dict[str, Tensor] = {}
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)

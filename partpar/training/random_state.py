@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 def random_state() -> dict[str, Tensor]:
     r"""The states of this process's generators, as tensors."""
     version, numbers, gauss = random.getstate()
-    kind, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the one that others draw from
-    assert (version, kind) == (3, "MT19937")
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that others draw from
+    assert (version, numpy["bit_generator"]) == (3, "MT19937")
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(numbers, dtype=torch.int64),
         "python_gauss": torch.tensor(np.nan if gauss is None else gauss, dtype=torch.float64),
-        "numpy": torch.tensor([*np.asarray(keys).tolist(), place, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]),
+        "numpy_gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

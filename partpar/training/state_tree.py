@@ -80,11 +80,11 @@ def join(raw: Any, tensors: Mapping[str, Tensor]) -> Any:
 def tensors_of(raw: Any) -> set[str]:
     r"""The names of a split state's tensors."""
     if isinstance(raw, list):
-        return set().union(*map(tensors_of, raw))
+        return set[str]().union(*map(tensors_of, raw))
     if isinstance(raw, dict):
         if set(raw) == {"tensor"} and isinstance(raw["tensor"], str):
             return {raw["tensor"]}
-        return set().union(*map(tensors_of, raw.values()))
+        return set[str]().union(*map(tensors_of, raw.values()))
     return set()
 
 
