@@ -105,6 +105,7 @@ def test_who_waits_for_a_failed_rank_is_broken_out(gang: Gang) -> None:
     assert gang.run(environment, 2) == before
 
 
+@pytest.mark.faults
 def test_a_hanging_rank_meets_the_deadline() -> None:
     with Gang(2) as gang:
         start = time.monotonic()
@@ -115,6 +116,7 @@ def test_a_hanging_rank_meets_the_deadline() -> None:
         assert gang.run(rank_sum, 2) == [(0, 2, 3.0), (1, 2, 3.0)]
 
 
+@pytest.mark.faults
 def test_an_exiting_rank_is_noticed() -> None:
     with Gang(2) as gang:
         with pytest.raises(GangError, match=r"rank 1 of 2 in exit_on ended with exit code 7"):

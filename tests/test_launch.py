@@ -201,7 +201,7 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.parametrize("end", ["hang up", "terminate", "kill the child"])
+@pytest.mark.parametrize("end", [pytest.param("hang up", marks=pytest.mark.faults), "terminate", "kill the child"])
 def test_no_process_outlives_the_leash(end: str) -> None:
     process, pids = _kept(signal.SIG_IGN if end == "hang up" else signal.SIG_DFL)
     assert process.stdin is not None

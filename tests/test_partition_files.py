@@ -394,7 +394,8 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("num_parts", [pytest.param(1, marks=pytest.mark.soak), 4])
+@pytest.mark.soak
+@pytest.mark.parametrize("num_parts", [1, 4])
 def test_peak_memory_of_cutting(tmp_path: Path, num_parts: int) -> None:
     r"""At most three times the graph's own, its mapped pages counted."""
     draw = np.random.default_rng(0)

@@ -123,7 +123,9 @@ def gather_copies(worker: Worker, s: Scenario, y: Tensor) -> dict[int, Tensor]:
 
 
 @pytest.mark.core_on(1, 3)
-@pytest.mark.parametrize("canonical", [True, False], ids=["owned-first", "any-order"])
+@pytest.mark.parametrize(
+    "canonical", [pytest.param(True, marks=pytest.mark.soak), False], ids=["owned-first", "any-order"]
+)
 def test_algebra(gang: Gang, world_size: int, canonical: bool) -> None:
     @SCENARIO
     @given(st.integers(0, 2**20), st.integers(1, 30), st.sampled_from([(), (1,), (3,), (2, 3), (0,)]))

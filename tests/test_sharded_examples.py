@@ -47,8 +47,9 @@ def test_graphs_are_classified_alike_by_any_number_of_workers(tmp_path: Path, wo
 
 
 @pytest.mark.parametrize(
-    "words", [[], pytest.param(["--no-use_dist_embedding", "--use_dist_tensor"], marks=pytest.mark.soak)]
+    "words", [[], ["--no-use_dist_embedding", "--use_dist_tensor"]]
 )
+@pytest.mark.soak
 def test_nodes_are_classified_alike_by_any_number_of_workers(tmp_path: Path, words: list[str]) -> None:
     npz = npz_path("pubmed_nofeat")
     small = ["--epochs", 5, "--dtype", "float64", "--hidden_channels", 8, "--embedding_dim", 8, "--optimiser", "adagrad"]

@@ -158,6 +158,7 @@ def _wait_in_vain(worker: Any) -> None:
             training.all_numbers([1.0], context.group)
 
 
+@pytest.mark.faults
 def test_a_worker_that_does_not_come_is_not_waited_for_forever() -> None:
     outcomes = launch(_wait_in_vain, 2, init=False, check=False, timeout=60)
     assert outcomes[0].error is not None or outcomes[0].exit_code, "rank 0 must fail, not hang"
