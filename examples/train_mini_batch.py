@@ -56,7 +56,7 @@ def main() -> None:
         num_classes = int(training.all_numbers([largest], worker.group).max()) + 1
         inner = GraphSAGE(owned["x"].size(1), args.hidden, len(args.fanouts), num_classes, dropout=args.dropout).to(args.dtype)
         model = DistributedDataParallel(inner) if worker.world_size > 1 else inner
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
         def loss_of(batch: Any) -> tuple[Tensor, int]:
             out = model(batch.x, blocks(batch))

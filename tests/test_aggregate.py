@@ -268,3 +268,22 @@ def test_the_interior_and_then_the_boundary(dtype: torch.dtype, columns: tuple[i
     out.sum().backward()
     counts = torch.bincount(adj.indices, minlength=700).view(-1, *[1] * len(columns))
     assert x.grad is not None and torch.equal(x.grad.double(), counts.expand_as(x).to(dtype).double())
+
+
+@relaxed
+@given(bipartite(), st.sampled_from([(3,), (2, 3)]))
+def test_sum_and_head_have_one_gradient(case: tuple[Adjacency, torch.Generator], columns: tuple[int, ...]) -> None:
+    adj, draw = case
+    if adj.num_dst > adj.num_src:
+        adj = adj.transposed
+    x = torch.randn(adj.num_src, *columns, dtype=torch.float64, generator=draw).requires_grad_()
+    weights = torch.randn(2, adj.num_dst, *columns, dtype=torch.float64, generator=draw)
+
+    def gradient(total: Tensor, head: Tensor) -> Tensor:
+        return torch.autograd.grad(((total * weights[0]) ** 2 + (head * weights[1]) ** 2).sum(), x, create_graph=True)[0]
+
+    found = gradient(*aggregate.aggregate_sum_and_head(adj, x))
+    expected = gradient(aggregate.aggregate_sum(adj, x), x[: adj.num_dst])
+    torch.testing.assert_close(found, expected)
+    twice = [torch.autograd.grad((g * g.detach()).sum(), x)[0] for g in (found, expected)]
+    torch.testing.assert_close(*twice)

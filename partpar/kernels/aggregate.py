@@ -13,7 +13,7 @@ from torch import Tensor
 from partpar.errors import GraphError
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.extrema import extreme
-from partpar.kernels.linear import add_weighted_sum, weighted_sum
+from partpar.kernels.linear import add_weighted_sum, sum_and_head, weighted_sum
 from partpar.kernels.softmax import attend
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -52,6 +52,23 @@ def aggregate_sum(
             f"Expected a contiguous `out`, found strides {out.stride()}. Use `out.contiguous()`."
         )
     return add_weighted_sum(adj, rows, weight, out)
+
+
+def aggregate_sum_and_head(adj: Adjacency, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The sum over in-edges, and the rows of the destinations, where these are the first sources: of a sampled block.
+
+    Args:
+        adj (Adjacency): The edges, of no more destinations than sources.
+        x (Tensor): ``[num_src, C]`` or ``[num_src, H, C]``.
+
+    Returns:
+        Two tensors ``[num_dst, C]`` or ``[num_dst, H, C]``.
+
+    Raises:
+        GraphError: If a shape, dtype or device does not fit.
+    """
+    rows, _ = _rows(adj, x, None)
+    return sum_and_head(adj, rows)
 
 
 def aggregate_mean(adj: Adjacency, x: Tensor) -> Tensor:

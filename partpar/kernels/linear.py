@@ -66,6 +66,26 @@ class _AddWeightedSum(torch.autograd.Function):
         return grad, None, *_gradients(ctx.adj, ctx.needs_input_grad[2:], grad, x, weight)
 
 
+class _SumAndHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adj: Adjacency, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.adj = adj
+        return sum_into(adj, x, None, None), x[: adj.num_dst].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, grad_head: Tensor) -> tuple[None, Tensor]:
+        grad = weighted_sum(ctx.adj.transposed, grad_sum.contiguous(), None)
+        grad[: ctx.adj.num_dst] += grad_head
+        return None, grad
+
+
+def sum_and_head(adj: Adjacency, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The unweighted sum, and the rows of the destinations, which are the first sources. Taken by a slice, their gradient
+    would be a second matrix of all sources, nearly all zeros, to be added to that of the sum."""
+    both: tuple[Tensor, Tensor] = _SumAndHead.apply(adj, x)
+    return both
+
+
 def _gradients(
     adj: Adjacency, wanted: tuple[bool, ...], grad: Tensor, x: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

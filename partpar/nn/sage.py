@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_geometric.typing import OptPairTensor
 
 from partpar.kernels.adjacency import Adjacency
-from partpar.kernels.aggregate import aggregate_max, aggregate_min
+from partpar.kernels.aggregate import aggregate_max, aggregate_min, aggregate_sum_and_head
 from partpar.nn.neighbour_sum import Edges
 from partpar.nn.neighbourhood import edge_index_of, sum_neighbours, sum_of
 from partpar.nn.rows import Rows, check_edges, check_flow, of_block, owned, through, with_halo
@@ -63,9 +63,12 @@ class SAGEConv(pyg_nn.SAGEConv):
             edge_index (torch.Tensor or Adjacency): The share's edges; ``share.adj()`` is the fast way. Or a block.
             route (Route, optional): The share's route; :obj:`None` when one process owns everything.
         """
-        x = of_block(x, edge_index, route)
+        given, x = x, of_block(x, edge_index, route)
         check_edges(self, x, edge_index, route)
         if isinstance(edge_index, Adjacency):
+            if isinstance(given, Tensor) and isinstance(x, tuple) and self._sums_first(x[0], edge_index):
+                total, root = aggregate_sum_and_head(edge_index, given)
+                return self._with_root(self.lin_l(self._mean(total, edge_index)), root)
             out = self._by_kernel(x, edge_index, route)
         else:
             pair = (through(self._project, x, route)[0], owned(x))
@@ -126,22 +129,32 @@ class SAGEConv(pyg_nn.SAGEConv):
             pair = (through(self._project, x, route)[0], owned(x))
             return self.lin_l(self.propagate(edge_index_of(adj), x=pair))
 
-        def mean(out: Tensor) -> Tensor:
-            if kind is pyg_nn.SumAggregation:
-                return out
-            return out.div_(adj.degrees.clamp(min=1).to(out.dtype).unsqueeze(1))  # nobody else has the sum
-
         width = owned(x).size(1)
         if isinstance(x, SourceRows) and not self.project and width <= 2 * self.out_channels:
             # A sum of constant rows is made once and needs no backward pass, so it may be somewhat wider.
-            return self.lin_l(x.keep((kind, id(adj)), lambda: mean(sum_neighbours(adj, x.owned, route))))
+            return self.lin_l(x.keep((kind, id(adj)), lambda: self._mean(sum_neighbours(adj, x.owned, route), adj)))
         of_sources = isinstance(x, SourceRows | tuple)
         rows = self._project(with_halo(x, None) if isinstance(x, SourceRows | tuple) else x)
-        # A map of many sources of a block, for few destinations, costs more than the sum of wider rows.
-        many = isinstance(x, tuple) and adj.num_src > 2 * adj.num_dst
-        map_first = self.out_channels < width and not many
+        map_first = self.out_channels < width and not (isinstance(x, tuple) and _many_sources(adj))
         rows = F.linear(rows, self.lin_l.weight) if map_first else rows
-        out = mean(Edges(adj).sum(rows) if of_sources else sum_neighbours(adj, rows, route))
+        out = self._mean(Edges(adj).sum(rows) if of_sources else sum_neighbours(adj, rows, route), adj)
         if not map_first:
             return self.lin_l(out)
         return out if self.lin_l.bias is None else out + self.lin_l.bias
+
+    def _mean(self, total: Tensor, adj: Adjacency) -> Tensor:
+        """Of a sum that nobody else has, unless sums are wanted."""
+        if type(self.aggr_module) is pyg_nn.SumAggregation:
+            return total
+        return total.div_(adj.degrees.clamp(min=1).to(total.dtype).unsqueeze(1))
+
+    def _sums_first(self, sources: Tensor, adj: Adjacency) -> bool:
+        """Whether a block's rows are summed, in need of gradients, and then mapped."""
+        if type(self.aggr_module) not in (pyg_nn.MeanAggregation, pyg_nn.SumAggregation) or self.project:
+            return False
+        return sources.requires_grad and (self.out_channels >= sources.size(1) or _many_sources(adj))
+
+
+def _many_sources(adj: Adjacency) -> bool:
+    """A map of many sources of a block, for few destinations, costs more than the sum of wider rows."""
+    return adj.num_src > 2 * adj.num_dst
