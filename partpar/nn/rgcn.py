@@ -82,11 +82,7 @@ class RGCNConv(pyg_nn.RGCNConv):
         """
         used = {e: edge_index_dict[e] for e in self.edge_types if e in edge_index_dict}
         routes = check_relations(self, x_dict, used, route)
-        out: dict[str, Tensor] = {}
-        for node_type, given in x_dict.items():
-            rows = owned(given)
-            zeros = rows.new_zeros(rows.size(0), self.out_channels)
-            out[node_type] = zeros if self.root is None else rows @ self.root
+        out = {t: self._own(owned(given)) for t, given in x_dict.items()}
         weight = self.weight
         if self.num_bases is not None:
             weight = (self.comp @ weight.flatten(1)).view(-1, *weight.shape[1:])
@@ -99,21 +95,28 @@ class RGCNConv(pyg_nn.RGCNConv):
             rows, num_dst = rows_of[source], out[destination].size(0)
             adj = adjacency(used[edge_type], rows.size(0), num_dst)
             out[destination] = self._add(out[destination], adj, x_dict[source], rows, weight[number])
-        return out if self.bias is None else {t: rows + self.bias for t, rows in out.items()}
+        return out
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """What a node's own row and the bias make, to which relations are added."""
+        if self.root is not None:
+            return rows @ self.root if self.bias is None else torch.addmm(self.bias, rows, self.root)
+        zeros = rows.new_zeros(rows.size(0), self.out_channels)
+        return zeros if self.bias is None else zeros + self.bias
 
     def _add(
         self, out: Tensor, adj: Adjacency, given: Tensor | SourceRows, rows: Tensor, weight: Tensor
     ) -> Tensor:
-        """Adds one relation; a mean and a linear map commute, so the narrower side is averaged."""
+        """Adds one relation, in place; a mean and a linear map commute, so the narrower side is averaged."""
         reduce = _REDUCTIONS[str(self.aggr)]
         linear = self.aggr not in ("max", "min") and self.num_blocks is None
         if isinstance(given, SourceRows) and self.in_channels_l <= 2 * self.out_channels:
             mean = given.keep((self.aggr, id(adj)), lambda: reduce(adj, rows))
         elif linear and self.out_channels < self.in_channels_l:
-            return out + reduce(adj, rows @ weight)
+            return out.add_(reduce(adj, rows @ weight))
         else:
             mean = reduce(adj, rows)
         if self.num_blocks is None:
-            return torch.addmm(out, mean, weight)
+            return out.addmm_(mean.to(out.dtype), weight.to(out.dtype))  # under autocast, `out` is narrow
         blocks = torch.einsum("nbi,bio->nbo", mean.view(-1, *weight.shape[:2]), weight)
-        return out + blocks.reshape(-1, self.out_channels)
+        return out.add_(blocks.reshape(-1, self.out_channels))
