@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import test_snapshots
 import torch
-from gang import Gang, Worker
-from test_hetero import Runs, cut, errors, reference, worker_case
+from gang import Gang, GangError, Worker
+from test_hetero import HIDDEN, Runs, cut, errors, reference, worker_case
 from torch import Tensor
 
 from partpar import GraphData, HeteroRoute, hetero_route
 from partpar.graph import Windows
-from partpar.nn import ahead, han, hgt, rgcn, typed_graph_module
+from partpar.nn import ahead, han, hetero_conv, hgt, rgcn, typed_graph_module
 
 assert cut  # the fixture
 route_model_file = sys.modules["partpar.nn.route_model"]  # whose name in the package is that of the function
@@ -86,6 +86,18 @@ def exchange_for_the_first_relation_only(patch: Patch) -> None:
     patch.setattr(typed_graph_module, "_fetch", mutant)
 
 
+def skip_relations_without_edges(patch: Patch) -> None:
+    run = hetero_conv.run
+
+    def mutant(conv: Any, pair: Any, edges: Any, *more: Any) -> Tensor:
+        if edges.num_edges == 0:
+            rows = pair[1].new_zeros(pair[1].size(0), HIDDEN, requires_grad=True)
+            return rows + 0 * (pair[0].sum() + pair[1].sum())  # gradients go on to the layer before
+        return run(conv, pair, edges, *more)
+
+    patch.setattr(hetero_conv, "run", mutant)
+
+
 MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (lose_the_last_type, "rgcn"),
     (swap_rows_of_a_type, "sage"),
@@ -100,12 +112,12 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
 
 
 def mutated(
-    worker: Worker, root: Path, name: str, mutate: Callable[[Patch], None] | None
+    worker: Worker, root: Path, name: str, mutate: Callable[[Patch], None] | None, algorithm: str = "random"
 ) -> Runs:
     with Patch.context() as patch:
         if mutate is not None:
             mutate(patch)
-        return worker_case(worker, root, "generated", "random", "adj", 3, (name,))
+        return worker_case(worker, root, "generated", algorithm, "adj", 3, (name,))
 
 
 @pytest.mark.parametrize(("mutate", "name"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS])
@@ -120,6 +132,16 @@ def test_without_a_mutant_all_agree(gang: Gang, cut: Any, name: str) -> None:
     root, expected = cut("generated", "random", 3), reference("generated", 3, (name,))
     found = gang.run(mutated, 3, root, name, None)
     assert max(max(errors(runs, expected).values()) for runs in found) < 1e-10
+
+
+def test_parameters_left_out_by_an_empty_part_are_noticed(gang: Gang, cut: Any) -> None:
+    for mutate in (None, skip_relations_without_edges):
+        arguments = (mutated, 2, cut("generated", "given", 2), "sage", mutate, "given")
+        if mutate is None:
+            gang.run(*arguments)
+        else:
+            with pytest.raises(GangError, match="a rank leaves parameters out"):
+                gang.run(*arguments)
 
 
 # --- over time -----------------------------------------------------------------------------------------------------
@@ -176,4 +198,5 @@ def test_mutant_over_time_is_noticed(gang: Gang, tmp_path: Path, mutate: Any) ->
 def test_all_are_listed() -> None:
     listed = Path(__file__).with_name("MUTANTS.rst").read_text()
     names = [mutate.__name__ for mutate, _ in MUTANTS] + [mutate.__name__ for mutate in OVER_TIME]
+    names.append(skip_relations_without_edges.__name__)
     assert [name for name in names if f"``{name}``" not in listed] == []
