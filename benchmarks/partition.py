@@ -213,7 +213,7 @@ def main() -> int:
         return 0
 
     rows = []
-    console = Console()
+    console, progress = Console(), Console(stderr=True)
     for graph in options.graphs:
         for algorithm in ALGORITHMS:
             command = [sys.executable, __file__, "--data", str(options.data), "--graphs", graph]
@@ -227,7 +227,7 @@ def main() -> int:
             )
             line = next(line for line in done.stdout.splitlines() if line.startswith("ROWS"))
             rows += json.loads(line.removeprefix("ROWS"))
-            console.print(f"{graph} {algorithm} done", style="dim")
+            progress.print(f"{graph} {algorithm} done", style="dim")
     rows.sort(
         key=lambda row: (options.graphs.index(row["graph"]), row["parts"], ALGORITHMS.index(row["algorithm"]))
     )

@@ -304,7 +304,9 @@ def as_rst(args: argparse.Namespace, rows: list[Row], claims: dict[str, bool]) -
 
 def main() -> int:
     r"""Runs the benchmark, prints its table and returns 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--nodes", type=int, default=2_000_000, help="nodes of the graph (default: 2 million)"
     )

@@ -168,7 +168,7 @@ def test_a_wrong_command_line_exits_with_2(words: list[str]) -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["partition", "inspect", "verify", "convert", "report", "demo"])
+@pytest.mark.parametrize("command", ["partition", "inspect", "verify", "convert", "copy", "launch", "report", "doctor", "demo"])
 def test_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
@@ -188,23 +188,30 @@ def test_sizes_are_written_for_people() -> None:
     ]
 
 
+@pytest.mark.soak
 def test_the_demo_reaches_the_same_loss(capfd: pytest.CaptureFixture) -> None:
-    assert main(["demo", "--nodes", "300", "--epochs", "10", "--timeout", "120"]) == 0
-    said = capfd.readouterr().out
-    assert "the same loss in every epoch" in said
-    assert "2 worker(s)" in said
+    assert main(["demo", "--nodes", "300", "--epochs", "10", "--timeout", "120", "--json"]) == 0
+    said = capfd.readouterr()
+    assert "the same loss in every epoch" in said.err
+    assert "2 worker(s)" in said.err
+    found = [json.loads(line) for line in said.out.splitlines()]
+    assert [record["epoch"] for record in found] == [*range(1, 11)]
+    assert all(set(record["loss"]) == {"1", "2"} for record in found)
+    assert max(record["difference"] for record in found) < 1e-9
 
 
 def test_the_demo_fails_when_losses_differ(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def pretend(module: str, number: int, words: list[str], timeout: float) -> None:
+    def pretend(module: str, number: int, words: list[str], timeout: float, stdout: int | None) -> None:
         lines = [json.dumps({"epoch": epoch, "loss": 1.0 + 1e-6 * number * epoch}) for epoch in (1, 2, 3)]
         Path(words[0], f"{number}.jsonl").write_text("\n".join(lines))
 
     monkeypatch.setattr(demo, "run_workers", pretend)
     assert main(["demo", "--epochs", "3"]) == 1
-    assert "the losses differ by up to 3.0e-06" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the losses differ by up to 3.0e-06" in said
+    assert "1 worker(s)" in said, "without --json all is on standard output"
 
 
 @pytest.mark.faults
@@ -231,6 +238,7 @@ def test_workers_that_fail_or_linger_are_reported_and_ended(
         workers.run_workers("fails", 0, [], 1)
 
 
+@pytest.mark.soak
 def test_the_module_is_a_program() -> None:
     command = [sys.executable, "-m", "partpar.cli.main", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

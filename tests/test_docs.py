@@ -60,6 +60,9 @@ def test_messages_on_the_page_of_troubles_are_those_of_the_code() -> None:
     text = (DOCS / "troubleshooting.rst").read_text(encoding="utf-8")
     messages = re.findall(r"^``(.+)``$", text, re.MULTILINE)
     assert len(messages) > 15
+    of_hosts = (DOCS / "cluster.rst").read_text(encoding="utf-8").partition("When something is missing")[2]
+    messages += re.findall(r"^``(.+?)``  ", of_hosts, re.MULTILINE)
+    assert "the disk is full" in messages
     for message in messages:
         assert message in code, f"no message of the code says {message!r}"
 
@@ -82,4 +85,26 @@ def test_commands_run_as_they_are_printed(page: str, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     if page == "examples":
         assert "polyline" in (copy / "report.html").read_text(encoding="utf-8")
-        assert any((copy / "runs" / "two").iterdir()), "TensorBoard's events"
+        for run in ("two", "snapshots", "typed"):
+            assert any((copy / "runs" / run).iterdir()), "TensorBoard's events"
+
+
+def printed_help(script: Path) -> str:
+    command = [sys.executable, str(script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_say_how_they_are_run(script: Path) -> None:
+    said = printed_help(script)
+    assert f"python benchmarks/{script.name}" in said
+    assert "--json" in said
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_keep_logs_alike(script: Path) -> None:
+    said = printed_help(script)
+    assert "--metrics" in said
+    assert "--logdir" in said

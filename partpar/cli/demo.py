@@ -10,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from partpar.cli.output import add_json_argument, tables_wanted, write_json
 from partpar.cli.workers import run_workers
 
 HELP = "Train on a generated graph by one process, then by several workers, and compare their losses."
 EXAMPLE = "partpar demo --workers 2"
 TOLERANCE = 1e-9
+_STDERR = 2  # its file descriptor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,32 +31,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="seconds for each run (default: 300)"
     )
+    add_json_argument(parser, "the losses of each epoch, by number of workers, and their difference")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     r"""Trains twice and compares; 1 if the losses differ or a run fails."""
     runs: dict[int, list[dict[str, float]]] = {}
+    # Where standard output is JSON, all that is for people goes beside it.
+    alone = not tables_wanted(args.json)
+    people = Console(stderr=True) if alone else console
     with tempfile.TemporaryDirectory(prefix="partpar-demo-") as folder:
         for workers in dict.fromkeys((1, args.workers)):
-            console.print(
+            people.print(
                 f"[bold]{workers} worker(s)[/bold], planted graph of {args.nodes} nodes, {args.epochs} epochs"
             )
             words = [folder, str(args.nodes), str(args.epochs)]
-            run_workers("partpar.cli.demo_worker", workers, words, args.timeout)
+            run_workers(
+                "partpar.cli.demo_worker", workers, words, args.timeout, stdout=_STDERR if alone else None
+            )
             lines = Path(folder, f"{workers}.jsonl").read_text().splitlines()
             runs[workers] = [json.loads(line) for line in lines]
     table = Table("epoch", *(f"loss, {workers} worker(s)" for workers in runs), "difference")
-    worst = 0.0
+    worst, records = 0.0, []
     for epochs in zip(*runs.values(), strict=True):
         losses = [epoch["loss"] for epoch in epochs]
         gap = max(losses) - min(losses)
         worst = max(worst, gap / max(1.0, abs(losses[0])))
         number = int(epochs[0]["epoch"])
+        by_workers = dict(zip(map(str, runs), losses, strict=True))
+        records.append({"epoch": number, "loss": by_workers, "difference": gap})
         if number in (1, args.epochs) or number % 10 == 0:
             table.add_row(str(number), *(f"{loss:.12f}" for loss in losses), f"{gap:.1e}")
-    console.print(table)
+    write_json(args.json, records)
+    people.print(table)
     if worst > TOLERANCE:
-        console.print(f"[red]the losses differ by up to {worst:.1e}, more than {TOLERANCE:.0e}[/red]")
+        people.print(f"[red]the losses differ by up to {worst:.1e}, more than {TOLERANCE:.0e}[/red]")
         return 1
-    console.print(f"the same loss in every epoch: the largest difference is {worst:.1e}", highlight=False)
+    people.print(f"the same loss in every epoch: the largest difference is {worst:.1e}", highlight=False)
     return 0

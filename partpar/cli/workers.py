@@ -15,7 +15,9 @@ class WorkerError(PartparError, RuntimeError):
     r"""Workers failed or took too long."""
 
 
-def run_workers(program: str, workers: int, words: Sequence[str], timeout: float) -> None:
+def run_workers(
+    program: str, workers: int, words: Sequence[str], timeout: float, stdout: int | None = None
+) -> None:
     r"""Runs a program by several workers on this machine and waits for them; their output goes where this
     process's goes.
 
@@ -24,6 +26,7 @@ def run_workers(program: str, workers: int, words: Sequence[str], timeout: float
         workers: Number of processes.
         words: Its arguments.
         timeout: Seconds after which all are ended.
+        stdout: File descriptor for their standard output, if it is not to be this process's.
 
     Raises:
         WorkerError: If one fails or is not done in time; none is left behind.
@@ -43,7 +46,7 @@ def run_workers(program: str, workers: int, words: Sequence[str], timeout: float
     environment = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", **os.environ}
     # A session of their own, so that torchrun and its workers can be ended together.
     command = [*launcher, *([] if program.endswith(".py") else ["--module"]), program, *words]
-    process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603  # our own programs
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=stdout)  # noqa: S603  # our own programs
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired as error:
