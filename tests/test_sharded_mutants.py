@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gang import Gang, GangError, Worker
 from sharded_cases import Call, Play, play_dense, play_sharded
 from torch import Tensor
 
-from partpar.sharded import embedding, gradients, initializers, optim, swap, tensor
+from partpar.exchange import RowsInFlight
+from partpar.sharded import embedding, gradients, initializers, optim, swap, tensor, word
 
 Patch = pytest.MonkeyPatch
 
@@ -35,6 +37,13 @@ def swap_two_ids(patch: Patch) -> None:
         return found
 
     patch.setattr(swap, "want", mutant)
+
+
+def forget_ids_that_follow(patch: Patch) -> None:
+    r"""Where a word has no room for ids, those of other ranks are all taken for 0."""
+    send = word.send_ids
+    patch.setattr(word, "_MOST_ROOM", 0)
+    patch.setattr(word, "send_ids", lambda *args: RowsInFlight(torch.zeros_like(send(*args).wait())))
 
 
 def drop_the_last_rank(patch: Patch) -> None:
@@ -113,6 +122,7 @@ def draw_by_local_row(patch: Patch) -> None:
 MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (forget_own_rows, "Adagrad"),
     (swap_two_ids, "SGD"),
+    (forget_ids_that_follow, "SGD"),
     (drop_the_last_rank, "Adam"),
     (first_write_stays, "SGD"),
     (average_duplicates, "Adam"),
