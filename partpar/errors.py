@@ -63,3 +63,7 @@ class DamagedCheckpointError(CheckpointError):
 
 class CheckpointWriteError(CheckpointError, OSError):
     r"""A checkpoint could not be written; the one before stands."""
+
+
+class RankLostError(PartparError, RuntimeError):
+    r"""A rank did not come to a collective in time, or is gone; the message names the rank and the call."""

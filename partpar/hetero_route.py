@@ -218,7 +218,7 @@ class HeteroRoute(Mapping[str, Route]):
                 f"{what}: expected rows of one dtype, which travel together, found {sorted(map(str, dtypes))}; move "
                 f"the others by route[type].{what.split('(')[0]}"
             )
-        if self._checks.due():
+        if self._checks.due(*((what, *x) if wrong is None else ())):
             exchange.agree(self.group, f"{what} of {', '.join(x)}", {"number of types": len(x)}, wrong)
         elif wrong is not None:
             raise RouteError(wrong)

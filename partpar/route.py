@@ -255,7 +255,8 @@ class Route:
             wrong = f"{what}: expected rows on {self.send_index.device} as the route is, found {x.device}; use route.to({str(x.device)!r})"
         if wrong is None and x.dim() > 9:
             wrong = f"{what}: expected at most 8 trailing dimensions, found shape {tuple(x.shape)}"
-        if self._checks.due():
+        kind = (what, x.dtype, x.shape[1:], x.requires_grad, self.policy.wire_dtype) if wrong is None else ()
+        if self._checks.due(*kind):
             fields = (
                 {} if wrong is not None else {"wire dtype": self.policy.code, **exchange.tensor_fields(x)}
             )

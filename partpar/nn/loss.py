@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from partpar import exchange
+from partpar import agreement, exchange
 from partpar.hetero_route import HeteroRoute
 from partpar.route import Route
 
@@ -45,6 +45,7 @@ def global_mean(
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or no rank has a row to count (on every rank).
+        AgreementError: Ranks made different exchanges since they were set up, such as one fewer; on every rank.
     """
     if not loss_per_row.is_floating_point() or loss_per_row.dim() == 0:
         raise ValueError(
@@ -63,9 +64,12 @@ def global_mean(
 
     rows = loss_per_row if mask is None else loss_per_row[mask]
     local = rows.sum(dtype=torch.float64)
-    count = torch.full_like(local, rows.numel(), requires_grad=False)
-    total, num_rows = exchange.all_reduce_sum(torch.stack([local.detach(), count]), group).unbind()
-    if int(num_rows) == 0:
+    told = local.new_tensor([rows.numel(), *agreement.tally(group)], requires_grad=False)
+    sums = exchange.all_reduce_sum(torch.cat([local.detach().view(1), told]), group)
+    total, num_rows = sums[0], sums[1]
+    _, count, *marks = sums.tolist()
+    agreement.compare(group, marks)
+    if int(count) == 0:
         where = "the mask is empty on every rank" if mask is not None else "every rank has 0 rows"
         raise ValueError(f"global_mean: expected at least one row to average over, found none: {where}")
     world_size = 1 if group is None else dist.get_world_size(group)

@@ -6,12 +6,14 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partpar import exchange
+from partpar.agreement import digest
 from partpar.errors import SamplingError
 from partpar.sampling.batches import Batch, BatchMaker, Recipe, Task
 from partpar.sampling.inputs import UNEVEN, Steps, shuffled
@@ -112,11 +114,16 @@ class DistLoader:
         """Compares notes with the other ranks (collective); alone, there is nobody to fall out of step with."""
         group = exchange.own_group()
         rank, _ = exchange.rank_and_size(group)
+        recipe = self._maker.recipe
         fields = {
+            "kind of inputs, fan-outs and what else is sampled": digest(recipe.kind, sorted(recipe.options.items())),
+            "attributes": digest(sorted((str(kind), sorted(names)) for kind, names in recipe.names.items())),
+            "negatives": digest(recipe.negatives, recipe.strict),
             "batch_size": self.batch_size, "shuffle": int(self.shuffle), "drop_last": int(self.drop_last),
-            "uneven": UNEVEN.index(uneven), "seed": self._maker.recipe.seed, "_seeds": self.count,
+            "uneven": UNEVEN.index(uneven), "seed": recipe.seed, "_seeds": self.count,
         }  # fmt: skip
-        told = exchange.agree(group, type(self).__name__, fields)
+        what = f"{type(self).__name__}(num_neighbors={recipe.options.get('num_neighbors')})"
+        told = exchange.agree(group, what, fields)
         counts = [other["_seeds"] for other in told]
         return Steps.agree(counts, rank, self.batch_size, self.drop_last, uneven)
 
@@ -223,7 +230,11 @@ class DistLoader:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:  # the others may be waiting for what will not come: wait for none of them
+            self.service.transport.abandon()
         self.close()
 
     def __del__(self) -> None:

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Relay:
         while not self._closed:
             try:
                 connection = self._listener.accept()
-            except (OSError, EOFError):  # closed, or somebody without the key
+            except (OSError, EOFError, AuthenticationError):  # closed, or somebody without the key
                 continue
             if self._closed:
                 connection.close()

@@ -3,6 +3,7 @@ r"""What a loader may be given to sample from, and the service that answers for 
 from __future__ import annotations
 
 import atexit
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,10 @@ def opened(data: Any, timeout: float) -> Iterator[Source]:
 @atexit.register
 def _close_all() -> None:
     while _kept:
-        _kept.popitem()[1].service.close()
+        service = _kept.popitem()[1].service
+        if hasattr(sys, "last_value"):  # the program ends by an error: nobody is waited for
+            service.transport.abandon()
+        service.close()
 
 
 _grouped: WeakKeyDictionary[GraphData, GraphData] = WeakKeyDictionary()

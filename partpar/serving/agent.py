@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -21,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from partpar import lost
 from partpar.errors import ServiceError
 from partpar.serving.outbox import Outbox
 from partpar.serving.transport import Tensors, Values, Verbs
 
 MIN_THREADS = 4  # with fewer, two parts that ask each other can run out of threads that answer
 FAREWELL = 15.0  # seconds to wait for those who still ask
+_LOOK = 1.0  # seconds after which to look whether they still run
 
 _lock = threading.RLock()
 _endpoints: dict[str, Verbs] = {}
@@ -193,11 +196,19 @@ def part_from_all(what: str, timeout: float = FAREWELL) -> bool:
     if _store is None:
         return True
     say_farewell(what)
-    try:
-        _store.wait([f"farewell_{what}_{info.id}" for info in _infos()], timedelta(seconds=min(timeout, FAREWELL)))
-    except RuntimeError:  # the store's errors, of which a timeout is one
-        return False
-    return True
+    deadline, missing = time.monotonic() + timeout, _infos()
+    while missing:
+        try:
+            missing = [info for info in missing if not _store.check([f"farewell_{what}_{info.id}"])]
+            left = deadline - time.monotonic()
+            if left <= 0 or any(lost.fate(rank) for info in missing if (rank := rank_of(info.name)) is not None):
+                break
+            _store.wait([f"farewell_{what}_{info.id}" for info in missing], timedelta(seconds=min(_LOOK, left)))
+        except dist.DistNetworkError:  # the store went with its process
+            return False
+        except RuntimeError:  # among the store's errors is its timeout
+            time.sleep(0.01)
+    return not missing
 
 
 def _infos() -> list[Any]:
@@ -215,6 +226,12 @@ def _own_id() -> int:
 def worker_name(rank: int) -> str:
     r"""What a worker of the default group is called, unless somebody else started its agent."""
     return f"worker-{rank}"
+
+
+def rank_of(name: str) -> int | None:
+    r"""The rank that :func:`worker_name` made a name of; :obj:`None` for servers and agents that others started."""
+    kind, _, number = name.partition("-")
+    return int(number) if kind == "worker" and number.isdecimal() else None
 
 
 def names() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partpar import lost
 from partpar.errors import PeerLostError, RemoteError
 from partpar.serving import agent
 from partpar.serving.outbox import PIECE
@@ -48,7 +49,9 @@ class RpcTransport(Transport):
         try:
             future = agent.ask(name, self.endpoint, verb, tensors, values, self.timeout)
         except RuntimeError as error:  # no connection, or no agent any more
-            raise PeerLostError(f"{who} could not be asked for {verb!r}: {error}") from error
+            rank = agent.rank_of(name)
+            why = (None if rank is None else lost.fate(rank)) or str(error)
+            raise PeerLostError(f"{who} could not be asked for {verb!r}: {why}") from error
         return _Answer(future, who, name, verb, self.timeout)
 
 
@@ -94,4 +97,7 @@ class _Answer(InFlight):
             raise PeerLostError(self._lost(str(error).splitlines()[0])) from error
 
     def _lost(self, why: str) -> str:
+        rank = agent.rank_of(self._name)
+        known = None if rank is None else lost.fate(rank)
+        why = why if known is None else f"{known} ({why})"
         return f"{self._who} is lost: it was asked for {self._verb!r} and given {self._timeout:g} s; {why}"

@@ -3,12 +3,14 @@ r"""Starting the service of a share: alone, or together with the workers of all 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from partpar import exchange
+from partpar.agreement import digest
 from partpar.errors import ServiceError
-from partpar.graph import GraphData
+from partpar.graph import Frame, GraphData
 from partpar.serving import agent
 from partpar.serving.cache import RowCache
 from partpar.serving.owner import Owner
@@ -109,11 +111,25 @@ def _agree(share: GraphData, group: dist.ProcessGroup | None, rank: int, world_s
     fields = {
         "number of parts": share.num_parts,
         "run of the partition": int(part.run_id[:15] or "0", 16),
+        "attributes, their dtypes and widths": _schema(share),
         "_number": _number,
     }
     told = exchange.agree(group, "start_service", fields, wrong)
     _number = 1 + max(fields["_number"] for fields in told)
     return _number
+
+
+def _schema(share: GraphData) -> int:
+    """What attributes there are. A share's file says so of those that were cut; others may have been added to it."""
+    frames: dict[Any, Frame] = {t: share.node(t) for t in share.node_types}
+    frames |= {t: share.edge(t) for t in share.edge_types}
+    facts = (
+        (str(kind), name, frame[name].dtype, tuple(frame[name].shape[1:]))
+        for kind, frame in frames.items()
+        for name in frame
+        if name not in ("ids", "raw_ids")
+    )
+    return digest(*sorted(facts, key=str))
 
 
 class _Leased(RpcTransport):

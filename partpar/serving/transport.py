@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partpar.errors import RemoteError, ServiceError
+from partpar.errors import PartparError, RemoteError, ServiceError
 
 Tensors = dict[str, Tensor]
 Values = dict[str, Any]
@@ -75,7 +75,12 @@ class Verbs:
         if handler is None:
             raise ServiceError(f"expected a verb of {sorted(self._handlers)}, found {verb!r}")
         check_message(tensors, values)
-        return handler(tensors, values)
+        try:
+            return handler(tensors, values)
+        except PartparError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as for a name that is absent
+            raise ServiceError(f"{verb!r} failed on what it was asked: {type(error).__name__}: {error}") from error
 
 
 class Transport(ABC):

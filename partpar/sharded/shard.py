@@ -2,9 +2,7 @@ r"""One worker's rows of a tensor, and the names by which workers find what belo
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from partpar.agreement import digest as digest
 from partpar.kernels.table import words
 from partpar.sharded.policy import PartPolicy
 
@@ -54,12 +53,6 @@ class Shard:
     def id_dtype(self) -> type[np.signedinteger]:
         r"""What a row's number within a shard fits, on every worker."""
         return np.int32 if int(np.diff(self.offsets).max()) < 2**31 else np.int64
-
-
-def digest(*facts: Any) -> int:
-    r"""A number that differs where facts do."""
-    text = "\0".join(map(str, facts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 class Names:

@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from partpar import lost
 from partpar.training.environment import Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.together import forget_groups
@@ -57,10 +58,8 @@ class Context:
         if self.owns_group and dist.is_initialized():
             forget_groups()
             dist.destroy_process_group()
-            # A DistributedDataParallel outlives this call: at exit it is freed under the interpreter's lock
-            # and waits
-            # for gloo's threads, one of which may wait for that lock to drop its last finished work. Let it,
-            # now.
+            # A DistributedDataParallel outlives this call: at exit it is freed under the interpreter's lock and waits
+            # for gloo's threads, one of which may wait for that lock to drop its last finished work. Let it, now.
             time.sleep(_LAST_WORK)
 
     def __enter__(self) -> Context:
@@ -69,7 +68,14 @@ class Context:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        found = error
+        if error is not None and self.group is not None and dist.is_initialized():
+            # Where torch's own collectives were torn, such as those of gradients, nobody has said yet by whom.
+            found = lost.blame(error, self.group, None, "a collective of torch.distributed")
+            lost.leave_word(found)
         self.close()
+        if found is not None and found is not error:
+            raise found from error
 
 
 def choose_device(device: str | torch.device | None, launch: Launch) -> torch.device:
@@ -149,6 +155,32 @@ def _set_allocator() -> str:
     return "keeps freed blocks" if tune_allocator() else "as the system sets it"
 
 
+def _meet(launch: Launch, backend: str, timeout: float, place: torch.device) -> None:
+    r"""Makes the process group (collective)."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        # Naming the device lets NCCL connect at once, so that a worker that cannot fails here and not in its first
+        # exchange.
+        dist.init_process_group(
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=place if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise SetupError(
+                f"expected a free port to meet at, but port {os.environ['MASTER_PORT']} is in use by another program or an "
+                "earlier run; choose another MASTER_PORT, or end what listens there"
+            ) from error
+        raise SetupError(
+            f"rank {launch.rank} waited up to {timeout:g} s for {launch.world_size} workers to meet at {where}, and not all "
+            f"came: {said}; look at the output of the others, and whether they can reach that address"
+        ) from error
+
+
 def init(
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -213,15 +245,8 @@ def init(
         _keep_to_this_machine(launch, allow_network)
         os.environ.setdefault("MASTER_ADDR", launch.master_addr)
         os.environ.setdefault("MASTER_PORT", str(launch.master_port))
-        # Naming the device lets NCCL connect at once, so that a worker that cannot fails here and not in its
-        # first exchange.
-        dist.init_process_group(
-            name,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout),
-            device_id=place if name == "nccl" else None,
-        )
+        _meet(launch, name, timeout, place)
+        lost.introduce(dist.group.WORLD)
         context = Context(
             launch.rank, launch.local_rank, launch.world_size, place, dist.group.WORLD, name, owns_group=True
         )

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from partpar import exchange
 from partpar.errors import PartparError
+from partpar.lost import awaiting
 
 
 class FirstRankError(PartparError, RuntimeError):
@@ -91,13 +92,15 @@ def _broadcast_text(message: dict[str, Any] | None, group: ProcessGroup) -> dict
     r"""Sends JSON from the group's rank 0: objects would travel as pickles."""
     payload = b"" if message is None else json.dumps(message).encode()
     size = torch.tensor([len(payload)])
-    dist.broadcast(size, src=dist.get_global_rank(group, 0), group=group)
+    with awaiting(group):
+        dist.broadcast(size, src=dist.get_global_rank(group, 0), group=group)
     text = (
         torch.empty(int(size), dtype=torch.uint8)
         if message is None
         else torch.tensor(list(payload), dtype=torch.uint8)
     )
-    dist.broadcast(text, src=dist.get_global_rank(group, 0), group=group)
+    with awaiting(group):
+        dist.broadcast(text, src=dist.get_global_rank(group, 0), group=group)
     told: dict[str, Any] = json.loads(bytes(text.tolist()))
     return told
 
