@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     training.add_checkpoint_arguments(parser)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
-    args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "typed")
+    args.root = args.root or Path("partitions") / (args.npz.stem if args.npz else "planted_typed")
     return args
 
 
