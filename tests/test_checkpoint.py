@@ -423,7 +423,9 @@ def load_rows(worker: Any, folder: Path, offsets: list[int]) -> tuple[Tensor, Te
     return table(torch.arange(offsets[-1])).detach(), model.weight.detach().clone(), int(torch.randint(2**40, (1,)))
 
 
-@pytest.mark.parametrize("saved", [[0, 4, 4, 11], [0, 0, 11], [0, 11]])
+@pytest.mark.parametrize(
+    "saved", [[0, 4, 4, 11], *(pytest.param(offsets, marks=pytest.mark.soak) for offsets in ([0, 0, 11], [0, 11]))]
+)
 def test_another_number_of_workers_goes_on(gang: Gang, tmp_path: Path, saved: list[int]) -> None:
     rows, weight = gang.run(save_rows, len(saved) - 1, tmp_path, saved)[0]
     for offsets in ([0, 11], [0, 6, 11], [0, 0, 9, 11], [0, 2, 4, 8, 11]):
