@@ -29,6 +29,7 @@ from partpar.serving.transport import Tensors, Values, Verbs
 
 MIN_THREADS = 4  # with fewer, two parts that ask each other can run out of threads that answer
 FAREWELL = 15.0  # seconds to wait for those who still ask
+_LINGER = 3.0  # seconds that the first process stays for the others to be through with the store
 _LOOK = 1.0  # seconds after which to look whether they still run
 
 _lock = threading.RLock()
@@ -36,6 +37,7 @@ _endpoints: dict[str, Verbs] = {}
 _outbox = Outbox()
 _leases = 0
 _store: dist.Store | None = None
+_given: dist.Store | None = None  # what that is a connection to; it may be the server, which ends with it
 _ended = 0  # agents of this process that were ended together with all others
 _starts: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
@@ -60,13 +62,14 @@ def start(
         timeout: Seconds that anything may take.
         num_threads: How many questions are answered at a time.
     """
-    global _leases, _store
+    global _leases, _store, _given
     from torch.distributed import autograd, rpc
 
     with _lock:
         if is_running():
             _leases += 1
             return
+        _given = store
         if hasattr(store, "clone"):  # so that its calls may be bounded otherwise than the others'
             store = store.clone()
         # It listens where the process group does: on loopback, for workers of one machine.
@@ -150,7 +153,7 @@ def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
         timeout: Seconds to wait for the others to have no more questions.
         wait: Whether to wait for them at all; not after a failure.
     """
-    global _leases, _store
+    global _leases, _store, _given
     from torch.distributed import rpc
 
     with _lock:
@@ -160,7 +163,7 @@ def stop(timeout: float = FAREWELL, wait: bool = True) -> None:
         _leases = 0
         if wait and part_from_all("agent", timeout):
             _end_together(min(timeout, FAREWELL))
-        _store = None
+        _store = _given = None
         # torch's own way to wait for the others is not bounded.
         rpc.shutdown(graceful=False)
         _outbox.clear()
@@ -182,6 +185,9 @@ def _end_together(timeout: float) -> None:
         if len({_store.get(f"ended_{info.id}") for info in _infos()}) == 1:
             rpc.api._get_current_rpc_agent().join(shutdown=True, timeout=timeout)
             _ended += 1
+        _store.set(f"left_{_own_id()}", "1")
+        if _own_id() == 0:  # where the store most often is
+            _store.wait([f"left_{info.id}" for info in _infos()], timedelta(seconds=min(timeout, _LINGER)))
 
 
 def say_farewell(what: str) -> None:
