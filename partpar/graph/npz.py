@@ -38,6 +38,7 @@ def read_npz(
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise error(f"{path}: expected an .npz archive of arrays, found a single array")
+            assert file.zip is not None
             _check_sizes(path, file.zip)
             return {name: file[name] for name in file.files if names is None or name in names}
     except (ValueError, OSError, AttributeError, EOFError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as found:

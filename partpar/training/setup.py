@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +24,7 @@ from partpar.training.machine import huge_pages, threads_per_worker, tune_alloca
 from partpar.training.together import forget_groups
 
 NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
+_SLACK = 5.0  # seconds beyond the timeouts of meeting and connecting
 _LAST_WORK = 0.1  # seconds that threads of a group get to drop what they hold
 
 
@@ -158,6 +160,21 @@ def _set_allocator() -> str:
 def _meet(launch: Launch, backend: str, timeout: float, place: torch.device) -> None:
     r"""Makes the process group (collective)."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def give_up() -> None:
+        print(
+            f"partpar: rank {launch.rank} had no answer at {where} in {limit:g} s, though somebody listens there: "
+            "another program? Choose another MASTER_PORT, or end what listens there",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    # torch waits without an end for the first answer of whoever listens, and hears no signal meanwhile.
+    limit = 2 * timeout + _SLACK
+    watch = threading.Timer(limit, give_up)
+    watch.daemon = True
+    watch.start()
     try:
         # Naming the device lets NCCL connect at once, so that a worker that cannot fails here and not in its first
         # exchange.
@@ -179,6 +196,8 @@ def _meet(launch: Launch, backend: str, timeout: float, place: torch.device) -> 
             f"rank {launch.rank} waited up to {timeout:g} s for {launch.world_size} workers to meet at {where}, and not all "
             f"came: {said}; look at the output of the others, and whether they can reach that address"
         ) from error
+    finally:
+        watch.cancel()
 
 
 def init(
@@ -246,7 +265,9 @@ def init(
         os.environ.setdefault("MASTER_ADDR", launch.master_addr)
         os.environ.setdefault("MASTER_PORT", str(launch.master_port))
         _meet(launch, name, timeout, place)
-        lost.introduce(dist.group.WORLD)
+        world = dist.group.WORLD
+        assert world is not None
+        lost.introduce(world)
         context = Context(
             launch.rank, launch.local_rank, launch.world_size, place, dist.group.WORLD, name, owns_group=True
         )
