@@ -1,0 +1,60 @@
+r"""What an earlier run that was killed left there: it is cleared away, is in nobody's way, or is named."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from faults import Fault, free_port, run
+
+pytestmark = pytest.mark.faults
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run("train", 2, None, "full", str(tmp_path), "3", "8", timeout=60.0, env={"MASTER_PORT": port})
+    assert all(worker.code not in (None, 0) for worker in done.workers), done
+    assert re.search(rf"SetupError: .*port {port} is in use", done.workers[0].text), done
+    assert f"no answer at 127.0.0.1:{port}" in done.workers[1].text or "SetupError" in done.workers[1].text, done
+
+
+def test_a_run_after_one_that_was_killed_starts_clean(tmp_path: Path) -> None:
+    r"""On the same port, with the same folder: first while the partition is written, then in training."""
+    env = {"MASTER_PORT": str(free_port())}
+    for fault in (Fault("kill", 0, "rename", 1), Fault("kill", 0, "route.apply", 3)):
+        fallen = run("train", 2, fault, "full", str(tmp_path), "10", "10", timeout=60.0, env=env)
+        assert all(worker.code not in (None, 0) for worker in fallen.workers), fallen
+    done = run("train", 2, None, "full", str(tmp_path), "10", timeout=60.0, env=env)
+    assert [worker.code for worker in done.workers] == [0, 0], done
+
+
+def children_of(processes: list[subprocess.Popen]) -> list[psutil.Process]:
+    return [child for process in processes for child in psutil.Process(process.pid).children(recursive=True)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_leaves_nothing(number: int, tmp_path: Path) -> None:
+    before = {path.name for path in Path("/tmp").glob("partpar-*")} | {path.name for path in Path("/dev/shm").iterdir()}
+    seen: list[psutil.Process] = []
+
+    def interrupt(processes: list[subprocess.Popen]) -> None:
+        time.sleep(12)
+        seen.extend(children_of(processes))
+        for process in processes:
+            process.send_signal(number)
+
+    done = run("train", 2, None, "batches", str(tmp_path), "1000000", timeout=60.0, meanwhile=interrupt)
+    assert all(worker.code not in (None, 0) for worker in done.workers), done
+    assert all("step " in worker.text for worker in done.workers), "it was in the midst of training"
+    assert not [process for process in seen if process.is_running()]
+    after = {path.name for path in Path("/tmp").glob("partpar-*")} | {path.name for path in Path("/dev/shm").iterdir()}
+    assert not {name for name in after - before if name.startswith(("partpar", "torch_", "psm_"))}
