@@ -216,12 +216,13 @@ def _yaml_entries(path: Path, text: str) -> list[_Entry]:
         ) from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
         line = 1 if mark is None else mark.line + 1
-        raise HostFileError(f"{path}:{line}: expected YAML, found {error.problem}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise HostFileError(f"{path}:{line}: expected YAML, found {problem}") from error
     if isinstance(root, yaml.MappingNode):
-        found = {key.value: value for key, value in root.value}
+        found = {str(key.value): value for key, value in root.value}  # a key may be a list
         if set(found) != {"hosts"}:
             raise HostFileError(
                 f"{path}:{root.start_mark.line + 1}: expected a list under 'hosts', found the keys {sorted(found)}"
@@ -238,7 +239,7 @@ def _yaml_entries(path: Path, text: str) -> list[_Entry]:
         elif isinstance(node, yaml.MappingNode) and all(
             isinstance(v, yaml.ScalarNode) for _, v in node.value
         ):
-            entries.append(_mapping_entry(path, line, {key.value: value.value for key, value in node.value}))
+            entries.append(_mapping_entry(path, line, {str(key.value): value.value for key, value in node.value}))
         else:
             raise HostFileError(f"{path}:{line}: expected a host, or a mapping with its address")
     return entries
