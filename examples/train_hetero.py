@@ -29,10 +29,11 @@ from partpar.sampling import DistNeighborLoader
 
 
 class Typed(torch.nn.Module):
-    r"""A linear map for each type, then layers; what comes out is of one type.
+    r"""A linear map for each type, or a learned row for each node of a type without features, then layers; what comes out
+    is of one type.
 
     Args:
-        sizes: Input columns of each node type; 0 for one that has none and learns a row instead.
+        sizes: Of each node type the number of nodes and their input columns.
         layers: Each ``(x_dict, edge_index_dict) -> x_dict``.
         target: The type that is classified.
         hidden: Columns of hidden rows.
@@ -40,21 +41,23 @@ class Typed(torch.nn.Module):
     """
 
     def __init__(
-        self, sizes: dict[str, int], layers: list[torch.nn.Module], target: str, hidden: int, num_classes: int
+        self, sizes: dict[str, tuple[int, int]], layers: list[torch.nn.Module], target: str, hidden: int, num_classes: int
     ) -> None:
         super().__init__()
-        self.maps = torch.nn.ModuleDict({t: torch.nn.Linear(max(n, 1), hidden) for t, n in sizes.items()})
+        self.maps = torch.nn.ModuleDict(
+            {t: torch.nn.Linear(size, hidden) if size else torch.nn.Embedding(n, hidden) for t, (n, size) in sizes.items()}
+        )
         self.layers, self.target = torch.nn.ModuleList(layers), target
         self.out = torch.nn.Linear(hidden, num_classes)
 
     def forward(self, batch: Any) -> Tensor:
         x = {
-            t: self.maps[t](batch[t].x if "x" in batch[t] else torch.ones(batch[t].num_nodes, 1)).relu()
+            t: F.dropout(self.maps[t](batch[t].x if "x" in batch[t] else batch[t].n_id).relu(), 0.5, self.training)
             for t in batch.node_types
         }
         for layer in self.layers:
             found = layer(x, batch.edge_index_dict)
-            x = {t: F.dropout((x[t] + found[t]).relu() if t in found else x[t], 0.3, self.training) for t in x}
+            x = {t: F.dropout((x[t] + found[t]).relu() if t in found else x[t], 0.5, self.training) for t in x}
         return self.out(x[self.target][: batch[self.target].batch_size])
 
 
@@ -97,7 +100,10 @@ def main() -> None:
         }
         torch.manual_seed(args.seed)
         metadata = (share.node_types, share.edge_types)
-        sizes = {t: share.node(t)["x"].size(1) if "x" in share.node(t) else 0 for t in share.node_types}
+        sizes = {
+            t: (int(share.offsets(t)[-1]), share.node(t)["x"].size(1) if "x" in share.node(t) else 0)
+            for t in share.node_types
+        }
         largest = int(owned["y"].max()) if share.num_owned(args.target) else 0
         num_classes = int(training.all_numbers([largest], worker.group).max()) + 1
         layers = [MODELS[args.model](metadata, args.hidden) for _ in args.fanouts]

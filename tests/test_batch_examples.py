@@ -41,20 +41,23 @@ def test_nodes_by_two_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("model", ["sage", "rgcn", "hgt"])
-def test_types(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "least"), [("sage", 0.7), ("rgcn", 0.9), ("hgt", 0.7)])
+def test_types(tmp_path: Path, model: str, least: float) -> None:
     path = str(npz_path("dblp_hetero"))
     for workers in (None, 2):
         records = run(tmp_path, "train_hetero.py", workers, "--npz", path, "--model", model, "--epochs", "8")
-        assert max(record["val"] for record in records) >= 0.9, records
+        assert max(record["val"] for record in records) >= least, records
 
 
 @pytest.mark.soak
 def test_links(tmp_path: Path) -> None:
     path = str(npz_path("collegemsg"))
-    best = {}
-    for workers in (None, 2):
-        records = run(tmp_path, "train_link_prediction.py", workers, "--npz", path, "--epochs", "4")
-        best[workers] = max(record["val"] for record in records)
-    assert min(best.values()) > 0.6, best
-    assert abs(best[None] - best[2]) < 0.05, best
+    best: dict[int | None, list[float]] = {None: [], 2: []}
+    for seed in range(3):
+        for workers, found in best.items():
+            (folder := tmp_path / f"{seed}").mkdir(exist_ok=True)
+            words = ("--npz", path, "--epochs", "3", "--seed", str(seed))
+            found.append(max(record["val"] for record in run(folder, "train_link_prediction.py", workers, *words)))
+    spread = max(best[None]) - min(best[None])
+    assert min(best[None] + best[2]) > 0.6, best
+    assert abs(sum(best[None]) - sum(best[2])) / 3 <= max(spread, 0.02), best

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
+import torch_geometric.transforms as T
 from gang import Gang, Worker, launch
 from graphs import directed_graph, npz_path
 from partpar.models import GraphSAGE
@@ -199,6 +200,48 @@ def cora_case(worker: Worker, root: str, weights: dict[str, Tensor]) -> list[tup
 
 
 # --- what a batch holds ---------------------------------------------------------------------------------------------
+
+
+def dblp_graph() -> HeteroData:
+    r"""Authors, papers, terms and venues with edges both ways, few columns and none of its labels."""
+    data = T.ToUndirected()(datasets.from_npz(npz_path("dblp_hetero")))
+    for node_type in data.node_types:
+        store = data[node_type]
+        store.x = store.x[:, :16].double() if "x" in store else torch.ones(store.num_nodes, 16, dtype=torch.float64)
+    return data
+
+
+def typed_logits(data: HeteroData) -> Tensor:
+    r"""Two layers of GraphSAGE for each edge type, always of the same weights."""
+    torch.manual_seed(0)
+    x = data.x_dict
+    for width in (16, 8):
+        convs = {t: pyg.SAGEConv((width, width), 8) for t in sorted(data.edge_types)}
+        x = pyg.HeteroConv(convs, aggr="sum").double()(x, data.edge_index_dict)
+        x = {t: rows.relu() for t, rows in x.items()}
+    return x["author"]
+
+
+def dblp_case(worker: Worker, root: str) -> list[tuple[Tensor, Tensor]]:
+    share = open_share(worker, root, "metis")
+    with DistNeighborLoader(share, [-1, -1], ("author", None), batch_size=512, attributes=["x"]) as loader, torch.no_grad():
+        sizes = ((b, b["author"].batch_size) for b in loader)
+        return [(b["author"].n_id[:n], typed_logits(b)[:n]) for b, n in sizes]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_dblp_in_full_neighbourhoods(gang: Gang, tmp_path: Path, world_size: int) -> None:
+    data = dblp_graph()
+    GraphData.from_pyg_data(data).partition_graph(tmp_path, world_size)
+    with torch.no_grad():
+        expected = typed_logits(data)
+    seen = []
+    for rank in gang.run(dblp_case, world_size, str(tmp_path), timeout=200):
+        for seeds, out in rank:
+            assert (out - expected[seeds]).abs().max() < 1e-10
+            seen += seeds.tolist()
+    assert sorted(seen) == list(range(expected.size(0)))
 
 
 def test_blocks_train_as_whole_batches_do() -> None:
