@@ -23,9 +23,9 @@ from partpar import GraphData, training
 from partpar.sampling import DistNeighborLoader
 
 if __name__ == "__main__":
-    with training.init(timeout=10, quiet=True) as worker:
+    with training.init(timeout=20, quiet=True) as worker:
         share = GraphData.load_partition(sys.argv[1], worker.rank, worker.world_size, "random")
-        loader = DistNeighborLoader(share, [3, 3], batch_size=8, num_workers=int(sys.argv[2]), timeout=10)
+        loader = DistNeighborLoader(share, [3, 3], batch_size=8, num_workers=int(sys.argv[2]), timeout=60)
         while True:
             for number, batch in enumerate(loader):
                 if number == 1:
@@ -79,8 +79,9 @@ def test_every_process_ends_and_says_why(tmp_path: Path, num_workers: int, inter
         else:
             assert "KeyboardInterrupt" in told[0]
         assert all(process.returncode != 0 for process in processes)
-        time.sleep(1)
-        assert not any(left(process.pid) for process in processes)
+        while any(left(process.pid) for process in processes):  # those that made batches end with them
+            assert time.monotonic() - begin < 30
+            time.sleep(0.1)
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
