@@ -46,10 +46,9 @@ def windows(data: Data) -> list[Tensor]:
     r"""The edges of each window, straight from the definition."""
     first, last = float(data.t.min()), float(data.t.max())
     bounds = [first + (last - first) * k / WINDOWS for k in range(WINDOWS + 1)]
-    if not data.t.is_floating_point():
-        bounds = [float(-(-b // 1)) for b in bounds]
     bounds[-1] = float("inf")
-    return [((data.t >= a) & (data.t < b)).nonzero().flatten() for a, b in itertools.pairwise(bounds)]
+    time = data.t.double()  # of whole numbers compared with a float, torch would round to float32
+    return [((time >= a) & (time < b)).nonzero().flatten() for a, b in itertools.pairwise(bounds)]
 
 
 def features(raw_ids: Tensor, window: int) -> Tensor:
