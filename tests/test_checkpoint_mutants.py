@@ -71,8 +71,9 @@ def rename_before_the_marker(patch: Patch) -> None:
 
     def mutant(root: Path, manifest: Any, sums: dict[str, str]) -> None:
         os.rename(partial_folder(root, manifest.step), final_folder(root, manifest.step))
-        patch.setattr(checkpoint_files, "partial_folder", final_folder)
-        publish(root, manifest, sums)
+        with Patch.context() as within:  # what cleans up afterwards is as it was
+            within.setattr(checkpoint_files, "partial_folder", final_folder)
+            publish(root, manifest, sums)
 
     patch.setattr(checkpoint_files, "publish", mutant)
 

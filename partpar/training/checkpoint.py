@@ -235,9 +235,9 @@ class Checkpointer:
             self.step, self._steps = step, []
             return values
         if damaged:
-            told = "; ".join(damaged.values())
+            troubles = "; ".join(damaged.values())
             raise DamagedCheckpointError(
-                f"{self.folder}: expected a whole checkpoint, found {len(damaged)} damaged ones ({told}); restore one, or "
+                f"{self.folder}: expected a whole checkpoint, found {len(damaged)} damaged ones ({troubles}); restore one, or "
                 "choose another folder to begin anew"
             )
         return None

@@ -257,7 +257,10 @@ def _parse(folder: Path, text: bytes) -> Manifest:
         files = tuple(raw["files"])
         if not all(_FILE.fullmatch(name) for name in files):
             raise ValueError(f"files {files[:8]}")
-        tensors = {str(name): _stored(*fields, files) for name, fields in raw["tensors"].items()}
+        tensors = {
+            str(name): _stored(dtype, shape, chunks, files)
+            for name, (dtype, shape, chunks) in raw["tensors"].items()
+        }
         held = sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in tensors.values())
         if held > sum(_regular(folder / name).stat().st_size for name in files):
             raise ValueError("tensors that are larger than the files")
