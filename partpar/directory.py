@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partpar import exchange
+from partpar.errors import AgreementError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Tables:
 
 
 def from_offsets(
-    halo_ids: Tensor, offsets: Tensor, group: ProcessGroup | None, agreed: dict[str, int]
+    halo_ids: Tensor,
+    offsets: Tensor,
+    group: ProcessGroup | None,
+    agreed: dict[str, int],
+    part_id: int | None = None,
 ) -> Tables:
     r"""Tables of a share's route, in one exchange of ids (collective).
 
@@ -38,6 +43,7 @@ def from_offsets(
         offsets: ``[num_parts + 1]`` int64, the range of ids that each part owns.
         group: An own group of ``num_parts`` ranks.
         agreed: Further numbers that all ranks must have alike.
+        part_id: Whose halo this is; by default that of the part that this rank is to hold.
     """
     rank, world_size = exchange.rank_and_size(group)
     num_parts, owned = offsets.numel() - 1, offsets.diff()
@@ -48,7 +54,11 @@ def from_offsets(
             f"start {num_parts} workers or partition into {world_size} parts"
         )
     parts = {f"rows of part {p}": n for p, n in enumerate(owned.tolist())} if num_parts <= 8 else {}
-    exchange.agree(group, "to_route", {**agreed, "number of parts": num_parts, **parts}, wrong)
+    held = rank if part_id is None else part_id
+    told = exchange.agree(
+        group, "to_route", {**agreed, "number of parts": num_parts, **parts, "_part": held}, wrong
+    )
+    _check_parts([fields["_part"] for fields in told])
 
     owners = torch.searchsorted(offsets, halo_ids, right=True) - 1
     recv_splits = torch.bincount(owners, minlength=world_size).tolist()
@@ -62,6 +72,18 @@ def from_offsets(
     )
     exchange.agree(group, "to_route", {}, wrong)
     return Tables(num_owned, halo_ids.numel(), asked, tuple(send_splits), tuple(recv_splits), None)
+
+
+def _check_parts(parts: list[int]) -> None:
+    """Raises unless rank p holds part p; on every rank, as all of them were told the same."""
+    for rank, part in enumerate(parts):
+        if part != rank:
+            first = parts.index(part)
+            found = f"ranks {first} and {rank} both with part {part}" if first < rank else f"part {part} on rank {rank}"
+            raise AgreementError(
+                f"to_route: expected part p of the partition on rank p of the group, found {found}; pass each rank's own "
+                "number, load_partition(root, part_id=worker.rank, num_parts=worker.world_size)"
+            )
 
 
 def from_raw_ids(src_ids: Tensor, dst_ids: Tensor, group: ProcessGroup | None) -> Tables:

@@ -87,6 +87,7 @@ class Route:
         halo_ids: Tensor,
         offsets: Tensor,
         group: ProcessGroup | None = None,
+        part_id: int | None = None,
         **agreed: int,
     ) -> Route:
         r"""Builds the route of a share whose owners are known by ranges of ids (collective, one exchange of ids).
@@ -96,10 +97,12 @@ class Route:
             halo_ids: ``[num_halo]`` int64, ascending.
             offsets: ``[num_parts + 1]`` int64, part p owns ids ``offsets[p]`` to ``offsets[p + 1] - 1``.
             group: The process group, one rank for each part; :obj:`None` means the default one.
+            part_id: Whose halo this is, to be refused on any other rank than its own.
             agreed: Numbers that all ranks must have alike, such as a digest of the partition's run id.
         """
         own = exchange.own_group(group)
-        return cls(raw_ids, **vars(directory.from_offsets(halo_ids, offsets, own, agreed)), group=own)
+        tables = directory.from_offsets(halo_ids, offsets, own, agreed, part_id)
+        return cls(raw_ids, **vars(tables), group=own)
 
     # --- facts --------------------------------------------------------------------------------------------------
 

@@ -368,6 +368,20 @@ def test_route_of_another_world_size_raises_everywhere(gang: Gang, tmp_path: Pat
         )
 
 
+def forgotten_rank(worker: Worker, root: str, parts: list[int]) -> None:
+    GraphData.load_partition(root, parts[worker.rank], len(parts)).to_route()
+
+
+@pytest.mark.parametrize(
+    "parts, found", [([0, 0], "ranks 0 and 1 both with part 0"), ([1, 0], "found part 1 on rank 0")]
+)
+def test_share_of_another_rank_raises_everywhere(gang: Gang, tmp_path: Path, parts: list[int], found: str) -> None:
+    GraphData.from_pyg_data(directed_graph()).partition_graph(tmp_path, 2)
+    for error in gang.run_expecting_errors(forgotten_rank, 2, str(tmp_path), parts):
+        assert error is not None and error[0] == "AgreementError"
+        assert found in error[1] and "part_id=worker.rank" in error[1]
+
+
 def mixed_runs(worker: Worker, roots: list[str]) -> None:
     GraphData.load_partition(roots[worker.rank], worker.rank, 2).to_route()
 

@@ -203,6 +203,10 @@ class GraphData(TypedGraph):
 
         Returns:
             A :class:`~partpar.Route` for one type; a :class:`~partpar.HeteroRoute` for all types of a typed share.
+
+        Raises:
+            AgreementError: A rank holds another part than that of its number in the group, or shares are of several
+                partitions; on every rank.
         """
         if node_type is None and len(self._nodes) > 1:
             from partpar.graph.select import mark, sources_of
@@ -225,9 +229,10 @@ class GraphData(TypedGraph):
             offsets = self._part.offsets[name]
             halo_ids = src["ids"][self.num_owned(name) :]
             digest = int(self._part.run_id[:15] or "0", 16)
-            return Route.from_offsets(src["raw_ids"].cpu(), halo_ids.cpu(), offsets, group, run_id=digest).to(
-                self.device
+            route = Route.from_offsets(
+                src["raw_ids"].cpu(), halo_ids.cpu(), offsets, group, self.part_id, run_id=digest
             )
+            return route.to(self.device)
         if dst is src:
             raw_ids = dst["raw_ids"] if "raw_ids" in dst else torch.arange(dst.num_rows)
             return Route.from_raw_ids(raw_ids.cpu(), raw_ids.cpu(), group).to(self.device)
