@@ -65,6 +65,48 @@ def test_typed_round_trip() -> None:
         graph.node()
     with pytest.raises(GraphError, match="expected an edge type of"):
         graph.edge_index(("paper", "writes", "author"))
+    for leave_out in (graph.node, graph.adj, graph.edge_index):
+        with pytest.raises(GraphError, match="found None; this graph has several types: name one of them"):
+            leave_out()
+    with pytest.raises(GraphError, match=r"node\('dst'\): .* several types.* as in node\('author', 'dst'\)"):
+        graph.node("dst")
+    assert set(graph.collect("y")) == {"paper"}
+    with pytest.raises(GraphError, match=r"collect: expected .*'paper': \['x', 'y'\].* found 'z'"):
+        graph.collect("z")
+
+
+def test_rows_that_fit_nothing_are_told() -> None:
+    data = good()
+    data.y, data.train_mask, data.basis_index, data.scale = torch.ones(4), torch.arange(5), torch.ones(2, 7), torch.ones(1)
+    with pytest.warns(UserWarning, match="^y: ") as told:
+        graph = GraphData.from_pyg_data(data)
+    assert [str(w.message) for w in told] == [
+        "y: 4 rows, neither 3 nodes nor 2 edges; train_mask: 5 rows, neither 3 nodes nor 2 edges; kept in meta()"
+    ]
+    assert told[0].filename == __file__ and "meta ['y', 'train_mask', " in repr(graph)
+    typed = hetero()
+    typed["paper"].y = torch.arange(6)
+    with pytest.warns(UserWarning, match="^y: 6 rows, not the 7 nodes of type 'paper'; kept in meta") as told:
+        GraphData.from_pyg_data(typed)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_nothing_is_told_of_a_sound_graph(recwarn: pytest.WarningsRecorder) -> None:
+    for data in (directed_graph(), hetero()):
+        GraphData.from_pyg_data(data)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_advice_for_an_adjacency_runs(layout: torch.layout) -> None:
+    data, edge_index = good(), good().edge_index
+    del data.edge_index
+    data.adj_t = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(2), (3, 3)).to_sparse(layout=layout)
+    with pytest.raises(GraphError, match="where there is an adj_t: ") as error:
+        GraphData.from_pyg_data(data)
+    exec(str(error.value).partition("adj_t: ")[2], {"data": data})
+    found = GraphData.from_pyg_data(data).edge_index()
+    assert set(map(tuple, found.T.tolist())) == set(map(tuple, edge_index.T.tolist()))
 
 
 def test_as_many_nodes_as_edges() -> None:

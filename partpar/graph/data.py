@@ -42,7 +42,7 @@ class GraphData(TypedGraph):
 
         Args:
             data: What PyG calls a node or edge attribute (:meth:`~torch_geometric.data.Data.is_node_attr`) becomes one
-                here; everything else goes to :meth:`meta`.
+                here; everything else goes to :meth:`meta`, and a warning names the tensors of several rows among it.
 
         Raises:
             GraphError: An attribute is neither a tensor nor a plain value; the message names it.

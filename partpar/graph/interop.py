@@ -2,6 +2,8 @@ r"""To and from PyG and networkx."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import networkx
@@ -23,7 +25,10 @@ _PLAIN = (str, int, float, bool, type(None))
 def from_pyg_data(data: Data | HeteroData) -> GraphData:
     """See :meth:`GraphData.from_pyg_data`."""
     if isinstance(data, HeteroData):
-        return _from_hetero(data)
+        odd: list[str] = []
+        graph = _from_hetero(data, odd)
+        _warn(odd)
+        return graph
     if not isinstance(data, Data):
         raise GraphError(f"expected a torch_geometric Data or HeteroData, found {type(data).__name__}")
     if data.num_nodes is None:
@@ -43,10 +48,16 @@ def from_pyg_data(data: Data | HeteroData) -> GraphData:
             edges[name] = _tensor(f"edge attribute {name!r}", value)
         else:
             meta[name] = _plain(name, value)
+    _warn(
+        f"{name}: {value.size(0)} rows, neither {nodes.num_rows} nodes nor {edges.num_rows} edges"
+        for name, value in meta.items()
+        if _looks_like_rows(data, name, value)
+    )
     return GraphData({NODE: nodes}, {EDGE: edges}, {EDGE: edge_index}, meta)
 
 
-def _from_hetero(data: HeteroData) -> GraphData:
+def _from_hetero(data: HeteroData, odd: list[str]) -> GraphData:
+    """Tells in ``odd`` what looks like rows and does not fit its type."""
     nodes, edges, structure = {}, {}, {}
     meta = {name: _plain(name, value) for name, value in data._global_store.items()}
     for store in data.node_stores:
@@ -55,19 +66,20 @@ def _from_hetero(data: HeteroData) -> GraphData:
                 f"node type {store._key!r}: found no attribute that tells how many nodes; set num_nodes"
             )
         nodes[store._key] = _frame(
-            store, int(store.num_nodes), ("num_nodes",), f"nodes of type {store._key!r}", meta
+            store, int(store.num_nodes), ("num_nodes",), f"nodes of type {store._key!r}", meta, odd
         )
     for store in data.edge_stores:
         key = store._key
         structure[key] = _edge_index(str(key), store.get("edge_index"))
-        edges[key] = _frame(store, structure[key].size(1), ("edge_index",), f"edges of type {key}", meta)
+        edges[key] = _frame(store, structure[key].size(1), ("edge_index",), f"edges of type {key}", meta, odd)
     return GraphData(nodes, edges, structure, meta)
 
 
 def _frame(
-    store: BaseStorage, num_rows: int, structural: tuple[str, ...], what: str, meta: dict[str, Any]
+    store: BaseStorage, num_rows: int, structural: tuple[str, ...], what: str, meta: dict[str, Any], odd: list[str]
 ) -> Frame:
-    """The attributes of one type; what does not have its rows goes to ``meta`` under the type's name."""
+    """The attributes of one type; what does not have its rows goes to ``meta`` under the type's name, and is told
+    in ``odd`` where it looks like rows."""
     frame = Frame(num_rows, what=what)
     for name, value in store.items():
         if name in structural:
@@ -78,7 +90,9 @@ def _frame(
             frame[name] = _tensor(f"attribute {name!r} of {what}", value)
         else:
             key = store._key if isinstance(store._key, str) else "__".join(store._key)
-            meta[f"{name}__{key}"] = _plain(name, value)
+            kept = meta[f"{name}__{key}"] = _plain(name, value)
+            if _looks_like_rows(store._parent(), name, kept, store):
+                odd.append(f"{name}: {kept.size(0)} rows, not the {num_rows} {what}")
     return frame
 
 
@@ -117,7 +131,8 @@ def _free(name: str, data: Data) -> str:
 def _edge_index(what: str, edge_index: Any) -> Tensor:
     if edge_index is None:
         raise GraphError(
-            f"{what}: expected edge_index, found none; a SparseTensor's is torch.stack(adj_t.coo()[1::-1])"
+            f"{what}: expected edge_index, found none; set it, or where there is an adj_t: from torch_geometric.utils "
+            "import to_edge_index; data.edge_index = to_edge_index(data.adj_t)[0].flip(0); del data.adj_t"
         )
     if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
         found = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index).__name__
@@ -134,6 +149,17 @@ def _has_rows(data: Data | HeteroData, name: str, value: Any, *args: Any) -> boo
     if isinstance(value, Tensor):
         return data.__cat_dim__(name, value, *args) == 0
     return not (isinstance(value, (list, tuple)) and any(isinstance(item, str) for item in value))
+
+
+def _looks_like_rows(data: Data | HeteroData, name: str, value: Any, *args: Any) -> bool:
+    """Whether a tensor that is neither node- nor edge-shaped was perhaps meant to be."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) > 1 and _has_rows(data, name, value, *args)
+
+
+def _warn(odd: Iterable[str]) -> None:
+    """Tells the user's line, once, what did not become an attribute."""
+    if told := "; ".join(odd):
+        warnings.warn(f"{told}; kept in meta()", stacklevel=4)
 
 
 def _tensor(what: str, value: Any) -> Tensor:

@@ -2,7 +2,7 @@ r"""What is in a graph: frames over node and edge types, and the edges themselve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,11 @@ class TypedGraph:
             side: ``"dst"``, the owned nodes, or ``"src"``, the owned nodes followed by the halo.
         """
         if type in _SIDES and type not in self._nodes:
+            if len(self._nodes) > 1:
+                raise GraphError(
+                    f"node({type!r}): this graph has several types, so a side alone says too little: name one of "
+                    f"{self.node_types}, as in node({self.node_types[0]!r}, {type!r})"
+                )
             type, side = None, type  # type: ignore[assignment]
         if side not in _SIDES:
             raise GraphError(f"expected side 'dst' (owned) or 'src' (owned, then halo), found {side!r}")
@@ -171,8 +176,16 @@ class TypedGraph:
         return self._adjacencies[name]
 
     def collect(self, name: str) -> dict[str, Tensor]:
-        r"""One attribute of the owned nodes of every type that has it, such as ``collect("x")``."""
-        return {t: frame[name] for t, frame in self._nodes.items() if name in frame}
+        r"""One attribute of the owned nodes of every type that has it, such as ``collect("x")``.
+
+        Raises:
+            GraphError: No type has it.
+        """
+        found = {t: frame[name] for t, frame in self._nodes.items() if name in frame}
+        if not found:
+            known = {t: list(frame) for t, frame in self._nodes.items()}
+            raise GraphError(f"collect: expected an attribute that some node type has ({known}), found {name!r}")
+        return found
 
     def edge_index_dict(self) -> dict[EdgeType, Tensor]:
         r""":meth:`edge_index` of every edge type."""
@@ -198,18 +211,24 @@ class TypedGraph:
         kind = "GraphData" if self._part is None else f"GraphData(share {self.part_id} of {self.num_parts})"
         nodes = ", ".join(f"{t}: {f.num_rows} nodes {list(f)}" for t, f in self._nodes.items())
         edges = ", ".join(f"{'-'.join(t)}: {f.num_rows} edges {list(f)}" for t, f in self._edges.items())
-        return f"{kind}[{nodes}; {edges}]"
+        meta = f"; meta {list(self._meta)}" if self._meta else ""
+        return f"{kind}[{nodes}; {edges}{meta}]"
 
     def _node_type(self, type: str | None) -> str:
         if type is None and len(self._nodes) == 1:
             return next(iter(self._nodes))
         if type not in self._nodes:
-            raise GraphError(f"expected a node type of {self.node_types}, found {type!r}")
+            raise GraphError(f"expected a node type of {self.node_types}, found {type!r}{_several(self._nodes)}")
         return type
 
     def _edge_type(self, type: EdgeType | None) -> EdgeType:
         if type is None and len(self._edges) == 1:
             return next(iter(self._edges))
         if type not in self._edges:
-            raise GraphError(f"expected an edge type of {self.edge_types}, found {type!r}")
+            raise GraphError(f"expected an edge type of {self.edge_types}, found {type!r}{_several(self._edges)}")
         return type
+
+
+def _several(types: Collection[Any]) -> str:
+    """Why the type may not be left out."""
+    return "; this graph has several types: name one of them" if len(types) > 1 else ""
