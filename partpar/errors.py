@@ -37,6 +37,10 @@ class SamplingError(PartparError, ValueError):
     r"""Seeds, fan-outs, attributes or ids given to a sampler do not fit the graph or each other."""
 
 
+class StaleIteratorError(PartparError, RuntimeError):
+    r"""What is read is an epoch of a loader that has begun another one since."""
+
+
 class IdError(RouteError, IndexError):
     r"""An id is not that of a row."""
 

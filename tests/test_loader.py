@@ -25,7 +25,7 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.utils import k_hop_subgraph
 
 from partpar import GraphData, datasets, models, training
-from partpar.errors import SamplingError
+from partpar.errors import SamplingError, StaleIteratorError
 from partpar.sampling import DistLinkNeighborLoader, DistNeighborLoader, blocks
 from partpar.sampling.inputs import Steps, share_out
 
@@ -410,6 +410,63 @@ def test_what_does_not_fit_is_refused() -> None:
         DistLinkNeighborLoader(data, [2], edge_label_time=torch.arange(275))
     with pytest.raises(ValueError, match="expected a share"):
         DistNeighborLoader("graph", [2])
+
+
+@pytest.mark.parametrize("given", [10, {("node", "to", "node"): 10}, "10"])
+def test_one_fan_out_is_no_list_of_them(given: Any) -> None:
+    with pytest.raises(SamplingError, match=r"a number for each hop, such as \[10, 5\], found '?10"):
+        DistNeighborLoader(directed_graph(), given)
+
+
+def wrong_seed_case(worker: Worker, root: str, link: bool) -> None:
+    share = open_share(worker, root)
+    seeds = torch.tensor([1, 70000 if worker.rank == 1 else 2])
+    if link:
+        DistLinkNeighborLoader(share, [2], seeds.view(2, 1))
+    else:
+        DistNeighborLoader(share, [2], seeds)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_wrong_seed_of_one_rank_raises_on_all(gang: Gang, parts: str, link: bool) -> None:
+    for outcome, kind in zip(gang.run_expecting_errors(wrong_seed_case, 2, parts, link, timeout=20), ("SamplingError", "IdError"), strict=True):
+        assert outcome is not None
+        assert outcome[0] == kind
+        assert "rank 1: expected raw ids of 'node', found 1 that no part has, the first 70000" in outcome[1]
+
+
+@pytest.mark.parametrize("concurrency", [0, 2])
+def test_an_iterator_that_another_replaced_says_so(concurrency: int) -> None:
+    loader = DistNeighborLoader(directed_graph(), [2], SEEDS, batch_size=4, concurrency=concurrency)
+    old = iter(loader)
+    next(old)
+    assert len(list(loader)) == 3
+    for _ in range(2):
+        with pytest.raises(StaleIteratorError, match="iterated anew.*epoch 0, of which 1 batches were read"):
+            next(old)
+    old = iter(loader)
+    assert len(list(old)) == len(list(loader)) == 3
+    assert list(old) == [], "one that was read to its end stays at it"
+    old = iter(loader)
+    next(old)
+    loader.close()
+    assert list(old) == []
+
+
+def ids_case(worker: Worker, root: str) -> None:
+    share = open_share(worker, root)
+    with DistNeighborLoader(share, [2], batch_size=8) as loader:
+        for batch in loader:
+            ids, low = loader.ids_of(batch.n_id), int(share.offsets("node")[worker.rank])
+            here = (ids >= low) & (ids < low + share.num_owned())
+            assert here[: batch.batch_size].all(), "seeds are a worker's own nodes"
+            assert torch.equal(share.node()["raw_ids"][ids[here] - low], batch.n_id[here])
+        with pytest.raises(ValueError, match="60"):
+            loader.ids_of(torch.tensor([60]))
+
+
+def test_ids_of_nodes_in_a_batch_are_found(gang: Gang, parts: str) -> None:
+    gang.run(ids_case, 2, parts)
 
 
 def unequal_case(worker: Worker, root: str) -> tuple[int, int]:

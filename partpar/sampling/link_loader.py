@@ -13,7 +13,7 @@ from partpar.errors import SamplingError
 from partpar.graph import EdgeType
 from partpar.sampling.batches import Recipe
 from partpar.sampling.inputs import link_type
-from partpar.sampling.loader import TIMEOUT, DistLoader
+from partpar.sampling.loader import TIMEOUT, DistLoader, together
 from partpar.sampling.neighbor_sampler import NumNeighborsType, sampling_options
 from partpar.sampling.node_loader import names_of, place_of
 from partpar.sampling.source import opened
@@ -46,7 +46,8 @@ class DistLinkNeighborLoader(DistLoader):
         **kwargs: See :class:`~partpar.sampling.DistLoader`.
 
     Raises:
-        SamplingError: Arguments do not fit each other or the graph.
+        SamplingError, IdError: Arguments do not fit each other or the graph. What is wrong with one rank's links raises
+            on every rank.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class DistLinkNeighborLoader(DistLoader):
                 num_neighbors, replace, subgraph_type, disjoint, temporal_strategy, time_attr, weight_attr
             )
             service = source.service
-            edge_type, columns = _columns(service, edge_label_index, edge_label, edge_label_time)
+            with together(type(self).__name__):
+                edge_type, columns = _columns(service, edge_label_index, edge_label, edge_label_time)
             recipe = Recipe(
                 not is_typed(service.share), seed, options, names_of(service, attributes), edge_type, columns,
                 self.neg_sampling, strict_negatives,

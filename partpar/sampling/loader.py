@@ -14,7 +14,7 @@ from torch import Tensor
 
 from partpar import exchange
 from partpar.agreement import digest
-from partpar.errors import SamplingError
+from partpar.errors import AgreementError, RouteError, SamplingError, StaleIteratorError
 from partpar.sampling.batches import Batch, BatchMaker, Recipe, Task
 from partpar.sampling.inputs import UNEVEN, Steps, shuffled
 from partpar.sampling.processes import InProcesses
@@ -22,6 +22,26 @@ from partpar.sampling.threads import InOrder
 from partpar.serving.service import Service
 
 TIMEOUT = 60.0
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    r"""What is wrong with one rank's own seeds raises on every rank, by that rank's name (collective)."""
+    group = exchange.own_group()
+    wrong: RouteError | SamplingError | None = None
+    try:
+        yield
+    except (RouteError, SamplingError) as error:
+        wrong = error
+    if group is None and wrong is not None:
+        raise wrong
+    try:
+        exchange.agree(group, what, {}, None if wrong is None else str(wrong))
+    except AgreementError:
+        raise
+    except RouteError as told:
+        kind = SamplingError if wrong is None else type(wrong)
+        raise kind(f"{what}: {told}") from wrong
 
 
 class DistLoader:
@@ -175,7 +195,9 @@ class DistLoader:
             yield Task(epoch, number, order[at % self.count] if self.count else at)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._stop()
+        r"""Begins the next epoch. A loader is read once at a time: an iterator that was not at its end raises
+        :class:`~partpar.errors.StaleIteratorError` from now on."""
+        self._stop(anew=True)
         epoch, self.epoch = self.epoch, self.epoch + 1
         first, self._first = self._first, 0
         tasks = self.tasks(epoch, first)
@@ -196,11 +218,11 @@ class DistLoader:
         self._running = weakref.ref(running)  # who reads it owns it: dropped half-way, it ends at once
         return running
 
-    def _stop(self) -> None:
+    def _stop(self, anew: bool = False) -> None:
         running = None if self._running is None else self._running()
         self._running = None
         if running is not None:
-            running.close()
+            running.close(stale=anew and running.place[1] < len(self))
 
     def _make(self, task: Task) -> Batch:
         batch = self._maker(task)
@@ -214,6 +236,26 @@ class DistLoader:
     def __call__(self, index: Tensor | list[int]) -> Batch:
         r"""The batch of some seeds, by their places among the inputs, as the first of epoch 0."""
         return self._finish(self._make(Task(0, 0, torch.as_tensor(index, dtype=torch.int64))))
+
+    def ids_of(self, raw_ids: Tensor, node_type: str | None = None) -> Tensor:
+        r"""Ids in the partition of nodes that batches name by raw ids, for rows that live with a share's nodes:
+        ``emb(loader.ids_of(batch.n_id))``. Any rank may ask at any time.
+
+        Args:
+            raw_ids: ``[n]`` int64.
+            node_type: Whose; may be left out where there is one type.
+
+        Returns:
+            ``[n]`` int64.
+
+        Raises:
+            SamplingError: There are several types, and none is named.
+            IdError: No node has such a raw id.
+        """
+        types = self.service.share.node_types
+        if node_type is None and len(types) > 1:
+            raise SamplingError(f"ids_of: expected a node type of {types}, found none; name one")
+        return self.service.ids_of(node_type or types[0], raw_ids)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -265,19 +307,26 @@ class _Epoch(Iterator[Batch]):
     def __init__(self, made: Any, finish: Callable[[Batch], Batch], epoch: int, first: int) -> None:
         self._made, self._finish = made, finish
         self.place = (epoch, first)
+        self._stale = False
 
     @property
     def under_way(self) -> bool:
         return self._made is not None
 
     def __next__(self) -> Batch:
+        if self._stale:
+            raise StaleIteratorError(
+                f"this loader was iterated anew; expected no more reads of epoch {self.place[0]}, of which {self.place[1]} batches "
+                "were read, found one; end a pass before the next, or make a loader for each"
+            )
         if self._made is None:
             raise StopIteration
         batch = self._finish(next(self._made))
         self.place = (self.place[0], self.place[1] + 1)
         return batch
 
-    def close(self) -> None:
+    def close(self, stale: bool = False) -> None:
         made, self._made = self._made, None
+        self._stale = self._stale or (stale and made is not None)
         if made is not None:
             made.close()

@@ -4,7 +4,7 @@ representation learning on large graphs", NeurIPS 2017)."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace as replaced
 from typing import Any, TypeAlias
 
@@ -280,6 +280,10 @@ def _edge_columns(reply: HopReply) -> tuple[Tensor, ...]:
 
 
 def _fanouts(num_neighbors: Any, edge_types: list[EdgeType]) -> dict[EdgeType, list[int]]:
+    given = num_neighbors.values if isinstance(num_neighbors, NumNeighbors) else num_neighbors
+    for fanout in given.values() if isinstance(given, Mapping) else [given]:
+        if isinstance(fanout, str) or not isinstance(fanout, Iterable):
+            raise SamplingError(f"num_neighbors: expected a list with a number for each hop, such as [10, 5], found {fanout!r}")
     if isinstance(num_neighbors, NumNeighbors):
         num_neighbors = NumNeighbors(
             num_neighbors.values, num_neighbors.default

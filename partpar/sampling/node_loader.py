@@ -12,7 +12,7 @@ from partpar import exchange
 from partpar.errors import SamplingError
 from partpar.sampling.batches import Recipe
 from partpar.sampling.inputs import NodeInputs, node_inputs, share_out
-from partpar.sampling.loader import TIMEOUT, DistLoader
+from partpar.sampling.loader import TIMEOUT, DistLoader, together
 from partpar.sampling.neighbor_sampler import NumNeighborsType, sampling_options
 from partpar.sampling.source import attributes, opened
 from partpar.serving.partition import is_typed
@@ -61,7 +61,8 @@ class DistNeighborLoader(DistLoader):
         **kwargs: See :class:`~partpar.sampling.DistLoader`.
 
     Raises:
-        SamplingError: Arguments do not fit each other or the graph.
+        SamplingError, IdError: Arguments do not fit each other or the graph. What is wrong with one rank's seeds raises
+            on every rank.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class DistNeighborLoader(DistLoader):
                 num_neighbors, replace, subgraph_type, disjoint, temporal_strategy, time_attr, weight_attr
             )
             service = source.service
-            inputs = _seeds(service, input_nodes, seeds)
-            columns = _columns(service, inputs, input_time, time_attr)
+            with together(type(self).__name__):
+                inputs = _seeds(service, input_nodes, seeds)
+                columns = _columns(service, inputs, input_time, time_attr)
             recipe = Recipe(
                 not is_typed(service.share), seed, options, names_of(service, attributes), inputs.node_type, columns
             )
