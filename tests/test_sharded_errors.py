@@ -81,6 +81,8 @@ def test_mistakes_of_one_rank_raise_on_all(gang: Gang, what: str, kind: str, mes
     [
         lambda: DistEmbedding(4, 2, dtype=torch.float16),
         lambda: SparseAdam([]),
+        lambda: SparseAdam(DistEmbedding(4, 2)),  # type: ignore[arg-type]
+        lambda: DistEmbedding(4, 2, init_func=torch.nn.init.normal_),  # type: ignore[arg-type]
         lambda: SparseAdam([torch.nn.Embedding(4, 2)]),
         lambda: SparseAdagrad([DistEmbedding(4, 2)], lr=-1),
         lambda: SparseAdagrad([DistEmbedding(4, 2)], reduction="max"),

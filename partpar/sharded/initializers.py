@@ -118,7 +118,7 @@ def initialise(rows: Tensor, first_id: int, init_func: InitFunc | None, seed: in
         seed: Of this shard.
 
     Raises:
-        RouteError: The function returned something else than such rows.
+        RouteError: The function raised, or returned something else than such rows.
     """
     if init_func is None:
         rows.zero_()
@@ -127,7 +127,14 @@ def initialise(rows: Tensor, first_id: int, init_func: InitFunc | None, seed: in
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = init_func(rows.shape, rows.dtype)
+            try:
+                made = init_func(rows.shape, rows.dtype)
+            except Exception as error:  # told to all ranks, which would wait for this one
+                name = getattr(init_func, "__name__", repr(init_func))
+                raise RouteError(
+                    "init_func: expected a function of shape and dtype that returns rows, or a filler such as Normal(std=0.1), "
+                    f"found {name}, which raised {type(error).__name__}: {error}"
+                ) from error
         if not isinstance(made, Tensor) or made.shape != rows.shape:
             found = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise RouteError(f"init_func: expected a tensor of shape {tuple(rows.shape)}, found {found}")

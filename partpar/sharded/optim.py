@@ -3,7 +3,7 @@ r"""Optimisers that update only the rows of the step, each at its owner."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,10 @@ class SparseOptimizer(ABC):
     def __init__(
         self, params: Sequence[DistEmbedding], lr: float = 0.01, scale_grad: float = 1.0, reduction: str = "sum"
     ) -> None:
-        name, self.params = type(self).__name__, list(params)
+        name = type(self).__name__
+        if not isinstance(params, Iterable):
+            raise RouteError(f"{name}: expected a list of tables, found a {type(params).__name__}; write {name}([table])")
+        self.params = list(params)
         strange = [type(table).__name__ for table in self.params if not isinstance(table, DistEmbedding)]
         if strange or not self.params or len(set(self.params)) < len(self.params):
             raise RouteError(
