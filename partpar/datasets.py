@@ -20,6 +20,7 @@ from partpar.graph.npz import read_npz
 
 GENERATED = ("planted", "karate")
 PLANETOID = ("Cora", "CiteSeer", "PubMed")
+OGBN = ("ogbn-arxiv", "ogbn-products", "ogbn-papers100M")  # of one type, whose nodes have features and one label
 
 
 def planted(
@@ -195,6 +196,11 @@ def from_pt(path: str | Path) -> Data | HeteroData:
     path = Path(path)
     if not path.is_file():
         raise GraphError(f"{path}: expected a file written by torch.save, found none there")
+    if path.suffix in (".npz", ".npy"):
+        raise GraphError(
+            f"{path}: expected a file written by torch.save, found arrays of numpy; read an .npz file by from_npz "
+            "(--npz on the command line)"
+        )
     allowed = [
         Data,
         HeteroData,
@@ -209,10 +215,11 @@ def from_pt(path: str | Path) -> Data | HeteroData:
         with torch.serialization.safe_globals(allowed):
             data = torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own words advise to let the file run code, which is never done here.
         raise GraphError(
-            f"{path}: expected a PyG graph written by torch.save, found something else: {reason}"
-        ) from error
+            f"{path}: expected a PyG graph written by torch.save, of tensors and plain values alone, found something else "
+            f"({type(error).__name__}); of others save Data(x=..., edge_index=...), or arrays as .npz"
+        ) from None
     if not isinstance(data, (Data, HeteroData)):
         raise GraphError(f"{path}: expected a PyG Data or HeteroData, found a {type(data).__name__}")
     return data
@@ -228,10 +235,10 @@ def _planetoid(name: str, folder: Path) -> Data:
 def _ogb(name: str, folder: Path) -> Data:
     try:
         from ogb.nodeproppred import NodePropPredDataset
-    except ImportError as error:
+    except ImportError:
         raise GraphError(
             f"dataset {name!r} needs the package ogb, which is not installed: pip install ogb"
-        ) from error
+        ) from None
     dataset = NodePropPredDataset(name, root=str(folder))
     graph, y = dataset[0]
     num_nodes = int(graph["num_nodes"])
@@ -253,7 +260,7 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
 
     Args:
         name: ``"planted"`` or ``"karate"``, made here; ``"Cora"``, ``"CiteSeer"`` or ``"PubMed"``, which PyG
-            downloads; ``"ogbn-..."``, which the package ``ogb`` downloads; or a path that ends in
+            downloads; ``"ogbn-arxiv"`` and others of :obj:`OGBN`, which the package ``ogb`` downloads; or a path that ends in
             ``.npz`` or ``.pt``.
         folder: Where downloads are kept.
         options: Of :func:`planted`, :func:`karate` or :func:`from_npz`.
@@ -269,15 +276,17 @@ def load(name: str, folder: str | Path = "data", **options: Any) -> Data | Heter
     if name in made:
         return made[name](**options)
     proper = next((known for known in PLANETOID if known.lower() == name.lower()), None)
-    if proper is None and not name.startswith("ogbn-"):
+    if proper is None and name not in OGBN:
         raise GraphError(
-            f"expected a dataset among {', '.join([*made, *PLANETOID])} and ogbn-..., "
+            f"expected a dataset among {', '.join([*made, *PLANETOID, *OGBN])}, "
             f"or a path to an .npz or .pt file, found {name!r}"
         )
     try:
         return _ogb(name, Path(folder)) if proper is None else _planetoid(proper, Path(folder))
     except OSError as error:
+        # The chain behind it tells of sockets, at length, and no more.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraphError(
-            f"dataset {name!r} is not in {folder} and could not be downloaded ({error}); "
+            f"dataset {name!r} is not in {folder} and could not be downloaded ({reason}); "
             "put its files there, or pass a file in the layout of partpar.datasets.from_npz"
-        ) from error
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch_geometric.data import Data, HeteroData
 
 from partpar import GraphData, datasets
 from partpar.cli import demo, quality, workers
-from partpar.cli.main import main
+from partpar.cli.main import COMMANDS, main
 from partpar.errors import GraphError
 
 
@@ -117,6 +118,13 @@ def test_a_pt_file_runs_no_code_of_its_own(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(GraphError, match=rf"{name}\.pt: expected .*{message}"):
             datasets.load(str(tmp_path / f"{name}.pt"))
     assert "run by a file" not in capsys.readouterr().out
+    for name in ("sly", "no"):
+        with pytest.raises(GraphError) as error:
+            datasets.load(str(tmp_path / f"{name}.pt"))
+        assert "weights_only" not in str(error.value), "torch's advice to run the file's code is not handed on"
+    np.savez(tmp_path / "mine.npz", edge_index=np.zeros((2, 1), dtype=np.int64))
+    with pytest.raises(GraphError, match="found arrays of numpy; read an .npz file by from_npz .--npz on"):
+        datasets.from_pt(tmp_path / "mine.npz")
 
 
 @pytest.mark.parametrize(
@@ -148,10 +156,20 @@ def test_an_existing_partition_is_replaced_only_if_told(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert _partition(tmp_path) == 0
+    assert "already there" not in capsys.readouterr().err
     assert _partition(tmp_path) == 0, "the very same one is no conflict"
+    assert f"partpar: already there, kept: {tmp_path / 'metis_2'}\n" in capsys.readouterr().err
     assert _partition(tmp_path, "--seed", "9") == 1
     assert "overwrite" in capsys.readouterr().err
     assert _partition(tmp_path, "--seed", "9", "--overwrite") == 0
+
+
+def test_more_parts_than_nodes_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["partition", str(tmp_path), "--dataset", "karate", "--algorithm", "random", "--num-parts"]
+    assert main([*words, "36", "--dry-run"]) == 0
+    assert "36 parts of 34 nodes: at least 2 will be empty" in capsys.readouterr().err
+    assert main([*words, "34", "--dry-run"]) == 0
+    assert "empty" not in capsys.readouterr().err
 
 
 def test_several_partitions_are_not_drawn_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -168,7 +186,23 @@ def test_a_wrong_command_line_exits_with_2(words: list[str]) -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["partition", "inspect", "verify", "convert", "copy", "launch", "report", "doctor", "demo"])
+def test_without_a_command_the_list_of_commands_is_printed(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert all(f"\n    {command}" in said.err for command in COMMANDS)
+    assert said.err.endswith("partpar: expected a command, found none\n")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"partpar {version('partpar')}\n"
+
+
+def test_the_list_of_commands_spares_torch() -> None:
+    script = "import sys; from partpar.cli.main import make_parser; make_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
@@ -212,6 +246,28 @@ def test_the_demo_fails_when_losses_differ(
     said = capsys.readouterr().out
     assert "the losses differ by up to 3.0e-06" in said
     assert "1 worker(s)" in said, "without --json all is on standard output"
+    assert "no benchmark" in said and "docs/performance.rst" in said
+
+
+@pytest.mark.parametrize("threads", [None, "1", "3"])
+def test_workers_keep_the_threads_that_the_user_named(threads: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    class Ended:
+        def __init__(self, command: list[str], env: dict[str, str], **more: object) -> None:
+            seen.update(env)
+
+        def wait(self, timeout: float) -> int:
+            return 0
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.delenv("OMP_NUM_THREADS") if threads is None else monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    workers.run_workers("program", 2, [], 1.0)
+    assert seen["OMP_NUM_THREADS"] == (threads or "1")
+    assert (seen.get("PARTPAR_KEEP_THREADS") == "1") == (threads is not None)
 
 
 @pytest.mark.faults

@@ -163,13 +163,16 @@ def test_unknown_or_unreachable_datasets_say_what_to_do(
 ) -> None:
     with pytest.raises(GraphError, match="expected a dataset among planted, karate, Cora"):
         datasets.load("nonesuch")
+    with pytest.raises(GraphError, match="expected a dataset among .*, ogbn-arxiv, .*found 'ogbn-foo'"):
+        datasets.load("ogbn-foo")
 
     def unreachable(name: str, folder: Path) -> Data:
-        raise ConnectionError("no route to host")
+        raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr(datasets, "_planetoid", unreachable)
-    with pytest.raises(GraphError, match=r"could not be downloaded \(no route to host\)"):
+    with pytest.raises(GraphError, match=r"could not be downloaded \(no route to host\)") as told:
         datasets.load("cora", tmp_path)
+    assert told.value.__suppress_context__, "what happened within the download is not shown"
     monkeypatch.setitem(__import__("sys").modules, "ogb.nodeproppred", None)
     with pytest.raises(GraphError, match="pip install ogb"):
         datasets.load("ogbn-arxiv", tmp_path)

@@ -58,6 +58,9 @@ def test_each_host_gets_its_rank_and_all_the_same_meeting_place() -> None:
     assert job.words([A, B], 1)[job.words([A, B], 1).index("--towards") + 1] == "10.0.0.1"
     assert "--interface" in Job(".", ["x"], interface="eth0").words([A, B], 0)
     assert "--towards" not in Job(".", ["x"]).words([A], 0), "one host alone keeps to loopback"
+    assert "PARTPAR_KEEP_THREADS=1" not in job.words([A, B], 0), "each worker takes its share of the cores"
+    named = Job(".", ["x"], env={"OMP_NUM_THREADS": "1"}).words([A, B], 0)
+    assert {"OMP_NUM_THREADS=1", "PARTPAR_KEEP_THREADS=1"} <= set(named)
 
 
 def test_workers_talk_over_a_network_only_if_allowed() -> None:

@@ -10,14 +10,13 @@ from rich.console import Console
 from partpar import GraphData
 from partpar.cli.output import add_json_argument, tables_wanted, write_json
 from partpar.cli.partition import add_graph_arguments, read_graph
-from partpar.cli.progress import shown_phases
+from partpar.cli.progress import say_if_kept, shown_phases
 from partpar.cli.quality import print_report, record_of
 from partpar.errors import PartitionError
 from partpar.partition import read_manifest
 from partpar.partition.dgl_json import read_dgl_assignment
 from partpar.partition.pyg_files import read_pyg_partition
 
-HELP = "Turn a partition of torch_geometric.distributed or of DGL into one of partpar, with the same cut."
 EXAMPLE = "partpar convert pyg_partition partitions/cora --from pyg --npz cora.npz"
 NOTE = """\
 PyG's Partitioner keeps x, edge_attr and times. Labels, masks and all else come from the graph itself, if it is named.
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mapping", type=Path, metavar="FILE", help="of DGL: raw node ids, .npy, .npz or .pt")
     parser.add_argument("--overwrite", action="store_true", help="replace another partition that stands there")
     add_json_argument(parser, "the report")
-    parser.description = f"{HELP}\n\n{NOTE}"
+    parser.description = f"{parser.description}\n\n{NOTE}"
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -51,10 +50,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise PartitionError("--from dgl-json: expected the graph, by --npz, --pt, --dataset or --folder, found none")
         graph = own
         num_parts, assignment = read_dgl_assignment(args.source, args.mapping)
-    with shown_phases():
+    with shown_phases() as entered:
         folder = graph.partition_graph(
             args.root, num_parts, algorithm="given", partition_kwargs={"assignment": assignment}, overwrite=args.overwrite
         )
+    say_if_kept(entered, folder)
     manifest = read_manifest(folder)
     if tables_wanted(args.json):
         print_report(console, folder, manifest, None)

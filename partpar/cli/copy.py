@@ -23,7 +23,6 @@ from partpar.partition import Manifest
 from partpar.partition.digest import file_digest
 from partpar.partition.layout import MANIFEST
 
-HELP = "Bring each host its shares of a partition and the manifest, by rsync or scp over ssh."
 EXAMPLE = "partpar copy --hosts hosts.txt --part-root partitions/cora --workspace /data/run --with train.py"
 _AT_ONCE = 16
 

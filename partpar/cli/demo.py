@@ -13,7 +13,6 @@ from rich.table import Table
 from partpar.cli.output import add_json_argument, tables_wanted, write_json
 from partpar.cli.workers import run_workers
 
-HELP = "Train on a generated graph by one process, then by several workers, and compare their losses."
 EXAMPLE = "partpar demo --workers 2"
 TOLERANCE = 1e-9
 _STDERR = 2  # its file descriptor
@@ -63,6 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if number in (1, args.epochs) or number % 10 == 0:
             table.add_row(str(number), *(f"{loss:.12f}" for loss in losses), f"{gap:.1e}")
     write_json(args.json, records)
+    people.print("times above are no benchmark: a small graph, on a machine that may be busy; see docs/performance.rst")
     people.print(table)
     if worst > TOLERANCE:
         people.print(f"[red]the losses differ by up to {worst:.1e}, more than {TOLERANCE:.0e}[/red]")

@@ -24,7 +24,6 @@ from partpar.cli.ssh import RemoteCommandError, Runner, Ssh, checked
 from partpar.errors import MissingPartitionError
 from partpar.partition import Manifest
 
-HELP = "Check versions, backends, network, limits and memory, and that ranks reach each other."
 EXAMPLE = "partpar doctor --part-root partitions/cora"
 _SAME = ("partpar", "torch", "torch_geometric")  # versions that hosts must share
 

@@ -13,7 +13,6 @@ from partpar.cli.quality import check_plot, print_report, record_of
 from partpar.errors import MissingPartitionError
 from partpar.partition import Manifest, read_manifest
 
-HELP = "Print the quality report of partitions that stand on disk."
 EXAMPLE = "partpar inspect partitions/cora/metis_4 --plot cora.png"
 
 

@@ -19,9 +19,9 @@ from partpar.cli.fleet import Member, run_fleet
 from partpar.cli.hosts import Host, read_hosts
 from partpar.cli.keep import NO_WORKSPACE, PORT_TAKEN
 from partpar.cli.ssh import SSH_FAILED, RemoteCommandError, Ssh, connection_problem
+from partpar.training.environment import THREADS_FLAG
 from partpar.training.setup import NETWORK_FLAG
 
-HELP = "Start a training script on all hosts by torchrun over ssh, and end it on all when it ends on one."
 EXAMPLE = "partpar launch --hosts hosts.txt --workspace /data/run --nproc-per-node 2 --allow-remote -- train.py --epochs 5"
 DEFAULT_PORT = 29500
 # As for workers of one machine: each sets its own number of threads, and large blocks are made cheap.
@@ -138,7 +138,8 @@ class Job:
         torchrun += ["--nproc-per-node", str(self.nproc_per_node)]
         torchrun += ["--master-addr", master, "--master-port", str(port)]
         torchrun += ["--rdzv-conf", f"timeout={self.join_timeout}"]
-        settings = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **self.env}.items()]
+        kept = {THREADS_FLAG: "1"} if "OMP_NUM_THREADS" in self.env else {}
+        settings = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **kept, **self.env}.items()]
         inner = ["env", *settings, self.python, *keeper, "--", self.python, *torchrun, *self.program]
         return self.shell(inner)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from rich.table import Table
 
 from partpar import GraphData, datasets
 from partpar.cli.output import add_json_argument, tables_wanted, write_json
-from partpar.cli.progress import shown_phases
+from partpar.cli.progress import say_if_kept, shown_phases
 from partpar.cli.quality import check_plot, print_report, record_of, size_text
 from partpar.errors import PartitionError
 from partpar.partition import read_manifest
 from partpar.partition.forecast import forecast
 
-HELP = "Cut a graph into shares, one for each worker, and report the quality of the cut."
 EXAMPLE = "partpar partition partitions/cora --npz cora.npz --num-parts 4 --balance train_mask '#in_edges'"
 
 
@@ -89,9 +89,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     options = dict(_option(text) for text in args.option)
     check_plot(args.plot)
     graph = read_graph(args)
+    _warn_of_empty_parts(graph, args.num_parts)
     if args.dry_run:
         return _dry_run(graph, args, console)
-    with shown_phases():
+    with shown_phases() as entered:
         folder = graph.partition_graph(
             args.root,
             args.num_parts,
@@ -101,10 +102,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
             partition_kwargs={"seed": args.seed, **options},
             overwrite=args.overwrite,
         )
+    say_if_kept(entered, folder)
     manifest = read_manifest(folder)
     print_report(console, folder, manifest, args.plot, quiet=not tables_wanted(args.json))
     write_json(args.json, [record_of(folder, manifest)])
     return 0
+
+
+def _warn_of_empty_parts(graph: GraphData, num_parts: int) -> None:
+    num_nodes = sum(map(graph.num_nodes, graph.node_types))
+    if num_parts > num_nodes:
+        empty = num_parts - num_nodes
+        print(
+            f"partpar: {num_parts} parts of {num_nodes} nodes: at least {empty} will be empty, and their workers idle; "
+            f"expected --num-parts of at most {num_nodes}",
+            file=sys.stderr,
+        )
 
 
 def _weights(graph: GraphData, args: argparse.Namespace) -> str | list[str] | None:

@@ -15,7 +15,6 @@ from partpar.cli import charts
 from partpar.cli.quality import size_text
 from partpar.training.run_log import Run, RunLogError, read_runs
 
-HELP = "Draw a training's log as one HTML page: learning curves, time per phase and rank, traffic between ranks."
 EXAMPLE = "partpar report run.jsonl -o report.html"
 TIMES = ("seconds", "exchange_seconds")
 _STYLE = """\

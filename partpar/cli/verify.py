@@ -13,7 +13,6 @@ from partpar.cli.inspect import find_partitions
 from partpar.cli.output import add_json_argument, tables_wanted, write_json
 from partpar.partition.verify import verify_partition
 
-HELP = "Read all of a partition and say whether it is whole: checksums, bounds, every node and every edge once."
 EXAMPLE = "partpar verify partitions/cora/metis_4"
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from partpar.errors import PartparError
+from partpar.training.environment import THREADS_FLAG
 
 
 class WorkerError(PartparError, RuntimeError):
@@ -41,9 +42,12 @@ def run_workers(
         "--nproc-per-node",
         str(workers),
     ]
-    # torchrun warns about threads unless they are named; each worker sets its own number when it starts.
+    # torchrun warns about threads unless they are named; each worker sets its own number when it starts, unless the user
+    # named one.
     # torch looks for huge pages, which make large blocks cheap, only once: before the first tensor is made.
     environment = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", **os.environ}
+    if "OMP_NUM_THREADS" in os.environ:
+        environment[THREADS_FLAG] = "1"
     # A session of their own, so that torchrun and its workers can be ended together.
     command = [*launcher, *([] if program.endswith(".py") else ["--module"]), program, *words]
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=stdout)  # noqa: S603  # our own programs

@@ -53,8 +53,8 @@ def forecast(graph: GraphData, num_parts: int, algorithm: str) -> Forecast:
     name = canonical(algorithm)
     if name not in BYTES:
         raise PartitionError(f"algorithm {name!r}: expected one of {', '.join(BYTES)} to predict its memory")
-    if num_parts < 1:
-        raise PartitionError(f"num_parts: expected a number of at least 1, found {num_parts}")
+    if isinstance(num_parts, bool) or not isinstance(num_parts, int) or num_parts < 1:
+        raise PartitionError(f"num_parts: expected an integer of at least 1, found {num_parts!r}")
     nodes, edges = sum(map(graph.num_nodes, graph.node_types)), sum(map(graph.num_edges, graph.edge_types))
     for_node, for_entry = BYTES[name]
     attributes = sum(v.numel() * v.element_size() for t in graph.node_types for v in graph.node(t).values())

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-PHASES = ("check the graph", "compute its digest", "assign nodes to parts", "write shares", "publish")
+ASSIGN = "assign nodes to parts"  # not entered where the partition stands already
+PHASES = ("check the graph", "compute its digest", ASSIGN, "write shares", "publish")
 Listener = Callable[[str, int, int], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from partpar import lost
-from partpar.training.environment import Launch, SetupError, read_environment
+from partpar.training.environment import THREADS_FLAG, Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.together import forget_groups
 
@@ -133,6 +133,12 @@ def choose_backend(
     return "gloo" if shared or not dist.is_nccl_available() else "nccl"
 
 
+def _threads_are_given(launch: Launch) -> bool:
+    r"""Whether somebody set ``OMP_NUM_THREADS``, which torch heeds; a launcher's 1 is its own unless the flag says so."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return given is not None and (not launch.launched or given != "1" or os.environ.get(THREADS_FLAG) == "1")
+
+
 def _keep_to_this_machine(launch: Launch, allow_network: bool) -> None:
     r"""Binds gloo to loopback for workers of one machine; refuses a network nobody allowed: its traffic is
     neither authenticated nor encrypted."""
@@ -232,7 +238,8 @@ def init(
         timeout: Seconds after which a collective that some worker does not reach raises; torch would wait half an
             hour.
         threads: Threads of this worker; by default this machine's cores divided by its workers, at least one, or for
-            a process alone what ``OMP_NUM_THREADS`` says.
+            a process alone what ``OMP_NUM_THREADS`` says. Of a launcher's workers it counts as well, but for a 1 that
+            torchrun may have set itself; with ``PARTPAR_KEEP_THREADS=1``, that too.
         allocator: Whether to make large blocks cheap. If ``THP_MEM_ALLOC_ENABLE=1`` stood in the environment
             before the first tensor was made, torch uses huge pages and nothing is left to do. Otherwise glibc
             is told to keep large blocks rather than give each back and fault its pages in again; freed memory
@@ -258,7 +265,7 @@ def init(
     if place.type == "cuda":
         torch.cuda.set_device(place)
     # partpar's own kernels ask torch for their number of threads.
-    if threads is not None or launch.launched or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets that itself
+    if threads is not None or not _threads_are_given(launch):
         torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
     blocks = _set_allocator() if allocator else "as the system sets it"
 
