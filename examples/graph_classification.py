@@ -48,7 +48,7 @@ def main() -> None:
             with training.open_checkpoints(args, {}, worker.group, f"seed_{seed}") as checkpoints:
                 curves = (checkpoints.resume() or {"curves": []})["curves"]
                 bar = tqdm(folds(graphs.y, args.folds, seed), desc=f"seed {seed}", total=args.folds, unit="fold",
-                           disable=not worker.is_first, leave=False)  # fmt: skip
+                           disable=None if worker.is_first else True, leave=False)  # fmt: skip
                 for number, (train, test) in enumerate(bar):
                     if number < checkpoints.step:  # an earlier run was through with it
                         continue

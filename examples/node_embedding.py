@@ -126,7 +126,8 @@ def train(
     with training.open_checkpoints(args, state, worker.group, f"seed_{seed}") as checkpoints:
         best = (checkpoints.resume() or {"best": best})["best"]
         epochs = range(checkpoints.step + 1, args.epochs + 1)
-        for epoch in tqdm(epochs, desc=f"seed {seed}", unit="epoch", disable=not worker.is_first, leave=False):
+        shown = None if worker.is_first else True  # in terminals only
+        for epoch in tqdm(epochs, desc=f"seed {seed}", unit="epoch", disable=shown, leave=False):
             start = time.perf_counter()
             model.train()
             loss = run_epoch()

@@ -140,6 +140,20 @@ def test_two_workers_are_set_up_and_torn_down() -> None:
         assert fact["closed"]
 
 
+def test_threads_that_the_user_named_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, launched = setup.Launch(), setup.Launch(0, 0, 2, 2, master_port=29500)
+    for omp, flag, of_alone, of_launched in (
+        (None, None, False, False),
+        ("1", None, True, False),  # torchrun's own
+        ("1", "1", True, True),
+        ("3", None, True, True),
+    ):
+        for name, value in (("OMP_NUM_THREADS", omp), ("PARTPAR_KEEP_THREADS", flag)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert setup._threads_are_given(alone) == of_alone
+        assert setup._threads_are_given(launched) == of_launched
+
+
 def test_alone_there_is_no_process_group(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -352,6 +366,17 @@ def test_training_stops_early_and_keeps_the_best_weights() -> None:
     assert math.isnan(history.epochs[0].test), "there are no test rows"
     assert history.peak_bytes[0] > 0
     assert history.exchange_share == [0.0]
+
+
+def test_where_there_is_no_terminal_epochs_are_a_few_lines(capfd: pytest.CaptureFixture) -> None:
+    for shown, lines in ((True, 10), (False, 0)):
+        model = _Fixed(best=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        training.fit(model, optimizer, _line(), Route.trivial(3), epochs=30, progress=shown)
+        said = capfd.readouterr().err
+        assert len(said.splitlines()) == lines
+        assert "\r" not in said
+        assert said.startswith("epoch 3 of 30: loss ") == shown
 
 
 def test_training_needs_features_labels_and_a_mask() -> None:

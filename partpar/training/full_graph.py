@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from partpar.errors import GraphError
 from partpar.exchange import meter
@@ -24,6 +23,7 @@ from partpar.training.best import BestWeights
 from partpar.training.checkpoint import Checkpointer
 from partpar.training.machine import peak_memory
 from partpar.training.metrics import measure
+from partpar.training.progress import Progress
 from partpar.training.together import all_numbers
 
 SPLITS = ("train", "val", "test")
@@ -166,8 +166,8 @@ def fit(
     kept = Checkpointer(None) if checkpoints is None else checkpoints
     kept.track(history=history, best_weights=best_weights)
     kept.resume()
-    bar = tqdm(range(kept.step + 1, epochs + 1), desc="training", unit="epoch", disable=not progress, leave=False)
-    for number in bar:
+    shown = Progress(kept.step + 1, epochs, progress)
+    for number in shown:
         # Every rank has the same metrics, so every rank stops at the same epoch.
         if patience is not None and history.best is not None and number - 1 - history.best.epoch >= patience:
             break
@@ -181,12 +181,12 @@ def fit(
         history.epochs.append(epoch)
         if on_epoch is not None:
             on_epoch(**asdict(epoch))
-        bar.set_postfix(loss=f"{loss:.4f}", val=f"{epoch.val:.4f}", exchange=f"{blocked / seconds:.0%}")
+        shown.tell(number, loss=f"{loss:.4f}", val=f"{epoch.val:.4f}", exchange=f"{blocked / seconds:.0%}")
         if history.best is None or epoch.val > history.best.val or epoch.val != epoch.val:
             history.best = epoch
             best_weights.keep()
         kept.save(number, force=number == epochs)
-    bar.close()
+    shown.close()
     best_weights.put_back()
 
     spent = sum(epoch.seconds for epoch in history.epochs)

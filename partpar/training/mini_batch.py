@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from partpar.training.best import BestWeights
 from partpar.training.checkpoint import Checkpointer
 from partpar.training.machine import peak_memory
+from partpar.training.progress import Progress
 from partpar.training.together import all_numbers
 
 LossOf = Callable[[Any], tuple[Tensor, int]]
@@ -139,8 +139,8 @@ def fit_batches(
     best_weights = BestWeights(inner)
     kept.track(history=history, best_weights=best_weights)
     kept.resume()
-    bar = tqdm(range(kept.step + 1, epochs + 1), desc="training", unit="epoch", disable=not progress, leave=False)
-    for number in bar:
+    shown = Progress(kept.step + 1, epochs, progress)
+    for number in shown:
         model.train()
         done = train_epoch(loader, loss_of, optimizer, group)
         model.eval()
@@ -150,12 +150,12 @@ def fit_batches(
         history.scores.append(scores)
         if on_epoch is not None:
             on_epoch(epoch=number, loss=done.loss, seconds=done.seconds, phase_seconds=done.phase_seconds, **scores)
-        bar.set_postfix(loss=f"{done.loss:.4f}", val=f"{scores['val']:.4f}")
+        shown.tell(number, loss=f"{done.loss:.4f}", val=f"{scores['val']:.4f}")
         if not history.best or scores["val"] > history.best_scores["val"]:
             history.best = number
             best_weights.keep()
         kept.save(number, force=number == epochs)
-    bar.close()
+    shown.close()
     best_weights.put_back()
     history.peak_bytes = all_numbers([peak_memory()], group)[:, 0].long().tolist()
     return history
