@@ -55,6 +55,10 @@ class HeteroRoute(Mapping[str, Route]):
     __eq__ = object.__eq__  # a mapping's would compare tensors
     __hash__ = object.__hash__
 
+    def __repr__(self) -> str:
+        sizes = [f"{t}: {r.num_owned} owned, {r.num_halo} halo, {sum(r.send_splits)} sent" for t, r in self.items()]
+        return f"HeteroRoute(rank {self.rank} of {self.world_size}: {'; '.join(sizes)})"
+
     def __getitem__(self, node_type: str) -> Route:
         if node_type not in self.routes:
             raise RouteError(f"expected a node type of {list(self.routes)}, found {node_type!r}")

@@ -54,6 +54,11 @@ def test_edge_ids_point_into_the_given_edges() -> None:
     assert torch.equal(edge_index[0, adj.edge_ids], adj.indices.long())
 
 
+def test_it_is_told_by_its_sizes() -> None:
+    adj = Adjacency.from_edge_index(torch.tensor([[0, 2], [1, 1]]), 3, 2)
+    assert repr(adj) == "Adjacency(3 sources, 2 destinations, 2 edges)"
+
+
 def test_torch_csr_serves_pyg() -> None:
     adj = large()
     matrix = adj.torch_csr(torch.float64)

@@ -134,6 +134,8 @@ def test_alone() -> None:
     assert all(torch.equal(rows, x[t]) for t, rows in route.apply(x).items())
     same = HeteroRoute.trivial({t: rows.size(0) for t, rows in x.items()})
     assert all(torch.equal(rows, x[t]) for t, rows in same.reduce(x).items())
+    small = HeteroRoute.trivial({"a": 2, "b": 3})
+    assert repr(small) == "HeteroRoute(rank 0 of 1: a: 2 owned, 0 halo, 0 sent; b: 3 owned, 0 halo, 0 sent)"
     assert route.bytes_per_peer(3) == [0] and route.rank == 0 and route.world_size == 1
     halved = select_edges(whole, {e: torch.arange(whole.num_edges(e)) % 2 == 0 for e in whole.edge_types})
     assert halved.num_edges(("a", "aa", "a")) == (whole.num_edges(("a", "aa", "a")) + 1) // 2

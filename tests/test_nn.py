@@ -475,3 +475,8 @@ def test_a_forgotten_route_is_named() -> None:
     adj = Adjacency.from_edge_index(torch.tensor([[0, 2], [0, 1]]), 3, 2)
     with pytest.raises(RouteError, match=r"pass route=share.to_route\(\)"):
         nn.SAGEConv(8, 6)(torch.ones(2, 8), adj)
+
+
+def test_kept_rows_are_told_by_their_sizes() -> None:
+    rows = nn.keep_halo(torch.zeros(3, 2), Route.trivial(3))
+    assert repr(rows) == "SourceRows([3, 2] torch.float32, Route(rank 0 of 1: 3 owned, 0 halo, 0 sent))"

@@ -56,6 +56,9 @@ class Adjacency:
         object.__setattr__(self, "indptr", self.indptr.to(torch.int64).contiguous())
         object.__setattr__(self, "indices", self.indices.to(torch.int32).contiguous())
 
+    def __repr__(self) -> str:
+        return f"Adjacency({self.num_src} sources, {self.num_dst} destinations, {self.indices.numel()} edges)"
+
     def _check(self) -> None:
         if max(self.num_src, self.num_dst) >= 2**31 or min(self.num_src, self.num_dst) < 0:
             raise GraphError(

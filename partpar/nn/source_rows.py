@@ -31,6 +31,9 @@ class SourceRows:
     route: Route | None = None
     _kept: dict[Any, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        return f"SourceRows({list(self.owned.shape)} {self.owned.dtype}, {self.route})"
+
     @property
     def rows(self) -> Tensor:
         r"""``[num_src, C]``: the owned nodes', then the halo's."""
