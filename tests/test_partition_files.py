@@ -431,3 +431,13 @@ def test_wrong_arguments_are_named_where_a_partition_stands(tmp_path: Path) -> N
         graph.partition_graph(tmp_path, 2, node_weight="trainmask")
     with pytest.raises(PartitionError, match="'sede'"):
         graph.partition_graph(tmp_path, 2, partition_kwargs={"sede": 1})
+
+
+def test_parts_are_an_integer_and_the_root_is_no_file(tmp_path: Path) -> None:
+    graph = GraphData.from_pyg_data(directed_graph())
+    with pytest.raises(PartitionError, match=r"num_parts: expected an integer of at least 1, found 2\.0"):
+        graph.partition_graph(tmp_path, 2.0)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(PartitionError, match=f"root {root}: expected a folder.*found the file {tmp_path / 'file'}"):
+            graph.partition_graph(root, 2)

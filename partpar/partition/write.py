@@ -52,7 +52,7 @@ def partition_graph(
     """See :meth:`partpar.GraphData.partition_graph`."""
     algorithm = canonical(algorithm)
     if isinstance(num_parts, bool) or not isinstance(num_parts, int) or num_parts < 1:
-        raise PartitionError(f"num_parts: expected a number of at least 1, found {num_parts!r}")
+        raise PartitionError(f"num_parts: expected an integer of at least 1, found {num_parts!r}")
     if graph.part is not None or any(graph.num_halo(t) for t in graph.node_types):
         raise PartitionError("partition_graph: expected a whole graph, found a share")
     phases.enter("check the graph")
@@ -77,6 +77,7 @@ def partition_graph(
         arguments["windows"] = asdict(windows)
     digest = run_id(graph, {"format_version": FORMAT_VERSION, **arguments})
     folder = partition_folder(root, algorithm, num_parts)
+    _check_root(folder.parent)
     seed = options.get("seed", 0)
     if not isinstance(seed, int):
         raise PartitionError(f"seed: expected an integer, found {seed!r}")
@@ -86,7 +87,7 @@ def partition_graph(
         registry.check_options(algorithm, special)
     if _stands(folder, digest, arguments, overwrite):
         return folder
-    phases.enter("assign nodes to parts")
+    phases.enter(phases.ASSIGN)
     assignment = _assign(graph, problem, algorithm, special)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,14 @@ def partition_graph(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _check_root(root: Path) -> None:
+    for place in (root, *root.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise PartitionError(f"root {root}: expected a folder, or a place for one, found the file {place}; name another")
+            return
 
 
 def _check_names(graph: GraphData) -> None:
