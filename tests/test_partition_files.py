@@ -27,7 +27,7 @@ from partpar.errors import (
     PartitionExistsError,
     PartitionFileError,
 )
-from partpar.partition import partition_graph, read_manifest
+from partpar.partition import partition_graph, read_manifest, write
 from partpar.partition.digest import file_digest
 
 ALGORITHMS = ("metis", "multi-constraint-metis", "ldg", "random")
@@ -200,6 +200,7 @@ def test_existing_partition_is_kept(tmp_path: Path) -> None:
     with pytest.raises(PartitionExistsError, match=r"options {} instead of {'seed': 3}"):
         graph.partition_graph(tmp_path, 2, partition_kwargs={"seed": 3})
     assert before[0] == file_digest(folder / "000.safetensors")
+    graph.partition_graph(tmp_path, 2, node_weight="#nodes", partition_kwargs={"seed": 0})  # which are the defaults
     other.partition_graph(tmp_path, 2, overwrite=True)
     check_tiling(other, tmp_path, 2, "metis")
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["metis_2"]
@@ -317,6 +318,12 @@ def test_missing_partition_names_those_found(tmp_path: Path) -> None:
         MissingPartitionError, match="expected a partition in 3 parts by 'metis', found metis_2"
     ):
         GraphData.load_partition(tmp_path, 0, 3)
+    with pytest.raises(MissingPartitionError, match="; start 2 workers .torchrun --standalone --nproc-per-node 2 SCRIPT.,"):
+        GraphData.load_partition(tmp_path)  # one process
+    with pytest.raises(MissingPartitionError, match="; pass algorithm='metis', or cut"):
+        GraphData.load_partition(tmp_path, 0, 2, "random")
+    with pytest.raises(MissingPartitionError, match=f"found a partition itself; pass its parent, '{tmp_path}'"):
+        GraphData.load_partition(tmp_path / "metis_2", 0, 2)
     with pytest.raises(FileNotFoundError, match="expected a part from 0 to 1, found 2"):
         GraphData.load_partition(tmp_path, 2, 2)
 
@@ -366,6 +373,21 @@ def test_route_of_another_world_size_raises_everywhere(gang: Gang, tmp_path: Pat
         assert (
             error is not None and "expected as many ranks as the partition has parts (3), found 2" in error[1]
         )
+
+
+def test_partition_whose_manifest_tells_defaults_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, other = (GraphData.from_pyg_data(directed_graph(seed)) for seed in (0, 1))
+    told = {"node_weight": "#nodes", "partition_kwargs": {"seed": 0}}
+    with monkeypatch.context() as older:
+        older.setattr(write, "_defaults_omitted", lambda algorithm, weights, options: (weights, options))
+        folder = graph.partition_graph(tmp_path, 2, **told)  # type: ignore[arg-type]
+    before = (folder / "manifest.json").read_bytes()
+    assert read_manifest(folder).arguments["options"] == {"seed": 0}
+    graph.partition_graph(tmp_path, 2)
+    graph.partition_graph(tmp_path, 2, **told)  # type: ignore[arg-type]
+    with pytest.raises(PartitionExistsError, match="from another graph"):
+        other.partition_graph(tmp_path, 2)
+    assert before == (folder / "manifest.json").read_bytes()
 
 
 def forgotten_rank(worker: Worker, root: str, parts: list[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from partpar.errors import MissingPartitionError, PartitionFileError
 from partpar.graph import CSC, EdgeType, Frame, GraphData, Part
 from partpar.partition.digest import file_digest
-from partpar.partition.layout import edge_key, node_key, partition_folder
+from partpar.partition.layout import MANIFEST, edge_key, node_key, partition_folder
 from partpar.partition.manifest import FileRecord, Manifest, read_manifest
 from partpar.partition.write import canonical
 
@@ -33,12 +33,17 @@ def load_partition(
     num_parts = _world_size() if num_parts is None else num_parts
     folder = partition_folder(root, canonical(algorithm), num_parts)
     if not folder.is_dir():
+        if (Path(root) / MANIFEST).is_file():
+            raise MissingPartitionError(
+                f"{root}: expected the folder of a graph's partitions, found a partition itself; pass its parent, "
+                f"{str(Path(root).resolve().parent)!r}"
+            )
         found = sorted(
             p.parent.name for p in Path(root).glob("*/manifest.json") if not p.parent.name.startswith(".")
         )
         raise MissingPartitionError(
             f"{folder}: expected a partition in {num_parts} parts by {algorithm!r}, found {', '.join(found) or 'none'} in {root}; "
-            f"cut the graph by partition_graph, or start as many workers as a partition has parts"
+            f"{_remedy(found, canonical(algorithm), num_parts)}"
         )
     if folder.is_symlink():
         raise PartitionFileError(
@@ -52,6 +57,18 @@ def load_partition(
     if not 0 <= part_id < num_parts:
         raise MissingPartitionError(f"{folder}: expected a part from 0 to {num_parts - 1}, found {part_id}")
     return open_share(folder, manifest, part_id, verify)
+
+
+def _remedy(found: list[str], algorithm: str, num_parts: int) -> str:
+    """How to come by one of the partitions that are there, or by the one that is not."""
+    ways = []
+    for name in found:
+        other, _, parts = name.rpartition("_")
+        if parts == str(num_parts):
+            ways.append(f"pass algorithm={other!r}")
+        elif other == algorithm and parts.isdecimal():
+            ways.append(f"start {parts} workers (torchrun --standalone --nproc-per-node {parts} SCRIPT)")
+    return ", or ".join([*ways, f"cut the graph by partition_graph into {num_parts} parts with {algorithm!r}"])
 
 
 def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | None = None) -> GraphData:

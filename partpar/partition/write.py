@@ -58,10 +58,9 @@ def partition_graph(
     phases.enter("check the graph")
     _check_names(graph)
     validate_structure(graph)
-    weights = [node_weight] if isinstance(node_weight, str) else list(node_weight or [])
-    if not weights and algorithm == "multi-constraint-metis":
-        weights = ["#nodes", "#in_edges"]
-
+    weights, options = _defaults_omitted(
+        algorithm, [node_weight] if isinstance(node_weight, str) else list(node_weight or []), options
+    )
     arguments = {
         "num_parts": num_parts,
         "algorithm": algorithm,
@@ -85,7 +84,7 @@ def partition_graph(
     special = {k: v for k, v in options.items() if k != "seed"}
     if algorithm != GIVEN:
         registry.check_options(algorithm, special)
-    if _stands(folder, digest, arguments, overwrite):
+    if _stands(folder, digest, arguments, overwrite, graph):
         return folder
     phases.enter(phases.ASSIGN)
     assignment = _assign(graph, problem, algorithm, special)
@@ -123,14 +122,30 @@ def _check_names(graph: GraphData) -> None:
                 )
 
 
+def _defaults_omitted(
+    algorithm: str, weights: list[str], options: Mapping[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
+    """One spelling of node weights and options that ask for the same: what is told though it is the default goes, but
+    several default constraints are told."""
+    if algorithm == "multi-constraint-metis":
+        weights = weights or ["#nodes", "#in_edges"]
+    elif weights == ["#nodes"]:
+        weights = []
+    seeded = {name: value for name, value in options.items() if name != "seed" or type(value) is not int or value}
+    return weights, seeded
+
+
 def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as a manifest keeps them: a given assignment is an array, told by the run id alone."""
     options = {k: v for k, v in arguments["options"].items() if k != "assignment"}
     return {**{k: arguments[k] for k in ("node_weight", "edge_weight")}, "options": options}
 
 
-def _stands(folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether this very partition is there already; raises where another one may not be replaced."""
+def _stands(
+    folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: bool, graph: GraphData | None = None
+) -> bool:
+    """Whether this very partition is there already; raises where another one may not be replaced. With the graph, one
+    whose manifest tells defaults, as older ones do, is known again."""
     if not folder.exists():
         return False
     try:
@@ -141,10 +156,18 @@ def _stands(folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: 
         if manifest.run_id == digest:
             return True
         recorded = json.loads(json.dumps(_recorded(arguments)))
+        stands = dict(manifest.arguments)
+        told = {name: stands[name] for name in ("node_weight", "options") if name in stands}
+        if len(told) == 2 and isinstance(told["options"], dict):
+            stands["node_weight"], stands["options"] = _defaults_omitted(manifest.algorithm, *told.values())
+        if graph is not None and stands == recorded != manifest.arguments:
+            told["options"] = {**arguments["options"], **told["options"]}
+            if manifest.run_id == run_id(graph, {"format_version": FORMAT_VERSION, **arguments, **told}):
+                return True
         differ = [
-            f"{name} {manifest.arguments[name]!r} instead of {value!r}"
+            f"{name} {stands[name]!r} instead of {value!r}"
             for name, value in recorded.items()
-            if name in manifest.arguments and manifest.arguments[name] != value
+            if name in stands and stands[name] != value
         ]
         if (manifest.windows and asdict(manifest.windows)) != arguments.get("windows"):
             differ.append("other windows of time, or none")
