@@ -69,7 +69,7 @@ def main() -> None:
             )
         log.write(**history.record)  # figures of every rank, for partpar report
         if worker.is_first:
-            title = f"{args.model} on {args.npz or args.dataset}, {worker.world_size} worker(s)"
+            title = f"{args.model} on {args.npz or args.pt or args.dataset}, {worker.world_size} worker(s)"
             Console().print(training.summary_table(history, args.metric, title))
 
 
@@ -86,6 +86,7 @@ def parse() -> argparse.Namespace:
         "--dataset", default="planted", help="planted, karate, Cora, CiteSeer, PubMed or ogbn-..."
     )
     data.add_argument("--npz", type=Path, help="a graph file to read instead, see partpar.datasets.from_npz")
+    data.add_argument("--pt", type=Path, help="a PyG graph written by torch.save, to read instead")
     data.add_argument("--nodes", type=int, default=4000, help="nodes of the planted graph")
     data.add_argument("--split", type=int, default=0, help="which split of a file that has several")
     data.add_argument("--normalize", action="store_true", help="divide each row of features by its sum")
@@ -140,13 +141,16 @@ def parse() -> argparse.Namespace:
 
 def root(args: argparse.Namespace) -> Path:
     r"""The folder of this graph's partitions."""
-    return args.root or Path("partitions") / (args.npz.stem if args.npz else args.dataset)
+    file = args.npz or args.pt
+    return args.root or Path("partitions") / (file.stem if file else args.dataset)
 
 
 def partition(args: argparse.Namespace, num_parts: int) -> str:
     r"""Cuts the graph, unless this very graph was cut so before."""
     if args.npz is not None:
         data = datasets.from_npz(args.npz, args.split)
+    elif args.pt is not None:
+        data = datasets.from_pt(args.pt)
     else:
         options = {"num_nodes": args.nodes} if args.dataset == "planted" else {}
         seeded = args.dataset in datasets.GENERATED

@@ -78,7 +78,7 @@ def main() -> None:
             )
         loader.close()
         if worker.is_first:
-            title = f"GraphSAGE on {args.npz or args.dataset}, {worker.world_size} worker(s)"
+            title = f"GraphSAGE on {args.npz or args.pt or args.dataset}, {worker.world_size} worker(s)"
             Console().print(training.batch_summary_table(history, args.metric, title))
 
 
@@ -89,9 +89,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dataset", default="planted", help="planted, karate, Cora, CiteSeer, PubMed or ogbn-...")
     parser.add_argument("--npz", type=Path, help="a graph file to read instead, see partpar.datasets.from_npz")
+    parser.add_argument("--pt", type=Path, help="a PyG graph written by torch.save, to read instead")
     parser.add_argument("--nodes", type=int, default=4000, help="nodes of the planted graph")
     parser.add_argument("--split", type=int, default=0, help="which split of a file that has several")
     parser.add_argument("--root", type=Path, help="folder of partitions (default: partitions/<graph>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a partition of another graph or other options")
     parser.add_argument("--fanouts", type=int, nargs="+", default=[10, 5], help="neighbours to draw in each hop")
     parser.add_argument("--batch-size", type=int, default=256, help="seeds of a batch, on each worker")
     parser.add_argument("--hidden", type=int, default=64, help="hidden channels")
@@ -114,19 +116,23 @@ def parse() -> argparse.Namespace:
 
 def root(args: argparse.Namespace) -> Path:
     r"""The folder of this graph's partitions."""
-    return args.root or Path("partitions") / (args.npz.stem if args.npz else args.dataset)
+    file = args.npz or args.pt
+    return args.root or Path("partitions") / (file.stem if file else args.dataset)
 
 
 def partition(args: argparse.Namespace, num_parts: int) -> str:
     r"""Cuts the graph, unless this very graph was cut so before."""
     if args.npz is not None:
         data = datasets.from_npz(args.npz, args.split)
+    elif args.pt is not None:
+        data = datasets.from_pt(args.pt)
     else:
-        options = {"num_nodes": args.nodes} if args.dataset == "planted" else {}
+        sized = {"num_nodes": args.nodes} if args.dataset == "planted" else {}
         seeded = {"seed": args.seed} if args.dataset in datasets.GENERATED else {}
-        data = datasets.load(args.dataset, **options, **seeded)
+        data = datasets.load(args.dataset, **sized, **seeded)
     graph = GraphData.from_pyg_data(data)
-    return str(graph.partition_graph(root(args), num_parts, partition_kwargs={"seed": args.seed}))
+    options = {"seed": args.seed}
+    return str(graph.partition_graph(root(args), num_parts, partition_kwargs=options, overwrite=args.overwrite))
 
 
 if __name__ == "__main__":

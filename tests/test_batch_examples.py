@@ -2,14 +2,20 @@ r"""The examples of training on batches, run as their first lines say."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from graphs import npz_path
+
+from partpar import GraphData, datasets
+from partpar.errors import GraphError, PartitionExistsError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -26,10 +32,38 @@ def run(folder: Path, script: str, workers: int | None, *words: str) -> list[dic
     return [json.loads(line) for line in (folder / f"{workers}.jsonl").read_text().splitlines()]
 
 
+def import_module_from(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_nodes(tmp_path: Path) -> None:
     words = ("--nodes", "1000", "--epochs", "5", "--hidden", "32", "--batch-size", "16", "--dropout", "0")
     (*_, alone) = run(tmp_path, "train_mini_batch.py", None, *words)
     assert alone["val"] > 0.5, "of eight classes"
+
+
+@pytest.mark.parametrize("script", ["train_mini_batch", "train_full_graph"])
+def test_a_graph_of_torch_save_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    example = import_module_from(EXAMPLES / f"{script}.py")
+    torch.save(datasets.planted(50, seed=3), tmp_path / "small.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--pt", "small.pt"])
+    assert example.partition(example.parse(), 1) == "partitions/small/metis_1"
+    assert GraphData.load_partition("partitions/small", 0, 1).num_owned() == 50
+    torch.save(datasets.planted(60, seed=3), tmp_path / "small.pt")
+    with pytest.raises(PartitionExistsError):
+        example.partition(example.parse(), 1)
+    sys.argv.append("--overwrite")
+    example.partition(example.parse(), 1)
+    assert GraphData.load_partition("partitions/small", 0, 1).num_owned() == 60
+    torch.save({"not": print}, tmp_path / "small.pt")
+    with pytest.raises(GraphError, match="expected a PyG graph"):
+        example.partition(example.parse(), 1)
 
 
 @pytest.mark.soak

@@ -66,6 +66,18 @@ def test_one_process_and_two_workers_train_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+def test_a_run_that_is_at_its_end_ends_at_once_when_resumed(tmp_path: Path) -> None:
+    words = [*SMALL, "--checkpoint-dir", "kept", "--resume", "--metrics", "run.jsonl"]
+    first, again = (_run(tmp_path, 2, *words) for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    facts = [[line for line in done.stdout.splitlines() if "accuracy" in line or "last loss" in line] for done in (first, again)]
+    assert len(facts[0]) == 4
+    assert facts[0] == facts[1]
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 8, "no epoch was trained twice"
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("model", ["gcn", "gat", "gin", "simple"])
 def test_every_model_trains(model: str, tmp_path: Path) -> None:
     norm = [] if model == "simple" else ["--norm", "batch_norm"]
