@@ -197,6 +197,8 @@ def good() -> Data:
         ("x", torch.tensor([[0.0], [float("nan")], [float("inf")]]), r"'x' of nodes: expected finite numbers, found 2 .* first at \[1, 0\]"),
         ("edge_attr", torch.tensor([[0.0], [float("nan")]]), r"'edge_attr' of edges: expected finite numbers, found 1"),
         ("y", torch.tensor([0, -2, 1]), r"labels 'y' of nodes: expected -1 to 1, found 1 outside, the first at position 1: -2"),
+        ("y", torch.tensor([0.0, 1, 1]), r"labels 'y' of nodes: expected one integer a node .* torch.float32 of shape \(3,\); use y.long\(\)"),
+        ("y", torch.tensor([[0], [1], [1]]), r"found torch.int64 of shape \(3, 1\); use y.squeeze\(1\)$"),
         ("y", torch.tensor([0, 2, 5]), r"expected -1 to 1, found 2 outside, the first at position 1: 2"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import HeteroData
 
 from partpar import GraphData, HeteroRoute, nn
+from partpar.errors import RouteError
 from partpar.exchange import all_reduce_sum, meter
 from partpar.nn import global_mean
 
@@ -332,6 +333,17 @@ def test_hgt_trains_what_some_output_depends_on() -> None:
         wanted = [name for name, p in theirs.named_parameters() if p.grad is not None]
         assert [name for name, p in conv.named_parameters() if p.requires_grad] == wanted
         assert [name for name, p in conv.named_parameters() if p.grad is not None] == wanted
+
+
+def test_forgotten_route_is_named(tmp_path: Path) -> None:
+    whole = GraphData.from_pyg_data(typed_graph())
+    whole.partition_graph(tmp_path, 2, algorithm="random")
+    share = GraphData.load_partition(tmp_path, 0, 2, "random")
+    x = {t: rows.float() for t, rows in share.collect("x").items()}
+    widths, metadata = {t: rows.size(1) for t, rows in x.items()}, (share.node_types, share.edge_types)
+    for conv in (nn.HGTConv(widths, HIDDEN, metadata, heads=2), nn.HANConv(widths, HIDDEN, metadata, heads=2)):
+        with pytest.raises(RouteError, match=f"{type(conv).__name__}: .* needs its route: pass route=share.to_route"):
+            conv(x, share.adj_dict())
 
 
 def test_rgcn_under_autocast() -> None:

@@ -87,6 +87,7 @@ def test_without_torch_distributed() -> None:
         (torch.ones(3, dtype=torch.int64), None, "found torch.int64"),
         (torch.ones(3), torch.ones(2, dtype=torch.bool), r"shape \(3,\), found torch.bool of shape \(2,\)"),
         (torch.ones(3), torch.ones(3), "found torch.float32"),
+        (torch.ones(3), Route.trivial(3), "found a Route in its place; pass route=route"),
     ],
 )
 def test_bad_input(loss: Tensor, mask: Tensor | None, said: str) -> None:

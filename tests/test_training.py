@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from gang import Gang, launch
 
 from partpar import training
-from partpar.errors import GraphError
+from partpar.errors import GraphError, RouteError
 from partpar.graph import GraphData
+from partpar.nn import route_model
 from partpar.route import Route
 from partpar.training import machine, setup
 from partpar.training.metrics import MetricError
@@ -385,3 +387,23 @@ def test_training_needs_features_labels_and_a_mask() -> None:
     model = _Fixed(1)
     with pytest.raises(GraphError, match="found no y, train_mask"):
         training.fit(model, torch.optim.SGD(model.parameters()), graph, Route.trivial(3))
+
+
+def test_training_names_what_labels_should_be() -> None:
+    for wrong, remedy in ((torch.zeros(3), "y.long()"), (torch.zeros(3, 1), "y.squeeze(1).long()")):
+        graph, model = _line(), _Fixed(1)
+        graph.node()["y"] = wrong
+        with pytest.raises(GraphError, match=re.escape(f"found torch.float32 of shape {tuple(wrong.shape)}; use {remedy}")):
+            training.fit(model, torch.optim.SGD(model.parameters()), graph, Route.trivial(3))
+
+
+def test_training_takes_a_model_of_pyg_once_it_is_routed() -> None:
+    import torch_geometric.nn as pyg
+
+    graph, plain = _line(), pyg.GraphSAGE(1, 4, 1, 2)
+    with pytest.raises(RouteError, match="found GraphSAGE, whose forward takes no route; wrap it by .*route_model"):
+        training.fit(plain, torch.optim.SGD(plain.parameters()), graph, Route.trivial(3))
+    model = route_model(plain)
+    before = model.convs[0].lin_l.weight.clone()
+    history = training.fit(model, torch.optim.SGD(model.parameters(), 0.1), graph, Route.trivial(3), epochs=2)
+    assert history.losses[1] < history.losses[0] and not torch.equal(before, model.convs[0].lin_l.weight)

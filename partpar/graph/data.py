@@ -268,7 +268,8 @@ class GraphData(TypedGraph):
 
         Args:
             allow_nan: Accept NaN and infinity in floating attributes.
-            num_classes: Labels ``y`` (integers) must be -1 (none) or below it; by default any but other negatives.
+            num_classes: Labels ``y`` must then be one integer a node, -1 (none) or below it; by default any but other
+                negatives.
         """
         from partpar.graph.validate import validate
 

@@ -22,12 +22,28 @@ def validate(graph: GraphData, allow_nan: bool, num_classes: int | None) -> None
         for name, value in frame.items():
             if not allow_nan:
                 _check_finite(f"attribute {name!r} of {frame.what}", value)
+        if "y" in frame and num_classes is not None:
+            check_classes(f"labels 'y' of {frame.what}", frame["y"])
         if "y" in frame and not frame["y"].dtype.is_floating_point:
             _check_labels(f"labels 'y' of {frame.what}", frame["y"], num_classes)
     for edge_type in graph.edge_types:
         for name, value in graph.edge(edge_type).items():
             if not allow_nan:
                 _check_finite(f"attribute {name!r} of {graph.edge(edge_type).what}", value)
+
+
+def check_classes(what: str, y: Tensor) -> None:
+    r"""Refuses labels that are not one integer a node, which is what a class is told by.
+
+    Raises:
+        GraphError: They are floating, or of shape ``[num_nodes, 1]``.
+    """
+    floating, column = y.dtype.is_floating_point, y.dim() == 2 and y.size(1) == 1
+    if floating or column:
+        remedy = f"y{'.squeeze(1)' if column else ''}{'.long()' if floating else ''}"
+        raise GraphError(
+            f"{what}: expected one integer a node to tell its class, found {y.dtype} of shape {tuple(y.shape)}; use {remedy}"
+        )
 
 
 def validate_structure(graph: GraphData) -> None:

@@ -85,9 +85,12 @@ def check_relations(
         num_dst = owned(x[edge_type[2]]).size(0)
         num_src = owned(x[edge_type[0]]).size(0) if route is None else route[edge_type[0]].num_src
         if isinstance(piece, Adjacency) and (piece.num_src, piece.num_dst) != (num_src, num_dst):
+            remedy = "pass share.adj_dict() and the same share's route and rows"
+            if route is None and piece.num_src > num_src:
+                remedy = "a share with a halo needs its route: pass route=share.to_route()"
             wrong = (
                 f"{name}: expected the adjacency of {num_src} sources and {num_dst} destinations for {edge_type}, found "
-                f"one of {piece.num_src} and {piece.num_dst}; pass share.adj_dict() and the same share's route and rows"
+                f"one of {piece.num_src} and {piece.num_dst}; {remedy}"
             )
     if route is not None:
         for node_type, rows in x.items():

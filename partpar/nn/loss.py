@@ -52,6 +52,10 @@ def global_mean(
             f"global_mean: expected one floating loss per row, found {loss_per_row.dtype} of shape "
             f"{tuple(loss_per_row.shape)}; compute it with reduction='none'"
         )
+    if isinstance(mask, Route | HeteroRoute):
+        raise ValueError(
+            f"global_mean: expected a bool mask of rows, found a {type(mask).__name__} in its place; pass route=route"
+        )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != loss_per_row.shape[:1]):
         raise ValueError(
             f"global_mean: expected a bool mask of shape ({loss_per_row.size(0)},), found {mask.dtype} of "

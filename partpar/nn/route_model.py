@@ -91,6 +91,7 @@ def route_model(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         dropout.seed, dropout.layer = seed, number
     if isinstance(routed, GraphModule):
         fetch_by_layer(routed, _route)
+    routed._is_routed = True  # type: ignore[assignment]
     call = _Call()
     routed.register_forward_pre_hook(call.enter, with_kwargs=True, prepend=True)
     routed.register_forward_hook(call.leave, with_kwargs=True, always_call=True)

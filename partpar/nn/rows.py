@@ -42,9 +42,9 @@ _owned_first: WeakKeyDictionary[Route, bool] = WeakKeyDictionary()
 
 
 def takes_route(module: object) -> bool:
-    r"""Whether a module's ``forward`` has an argument called ``route``."""
+    r"""Whether a module's ``forward`` has an argument called ``route``, or :func:`~partpar.nn.route_model` gave it one."""
     forward: Any = getattr(module, "forward", module)
-    return "route" in inspect.signature(forward).parameters
+    return getattr(module, "_is_routed", False) or "route" in inspect.signature(forward).parameters
 
 
 def call(module: torch.nn.Module, x: Tensor, route: Route | None) -> Tensor:

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from partpar.errors import GraphError
+from partpar.errors import GraphError, RouteError
 from partpar.exchange import meter
 from partpar.graph import GraphData
+from partpar.graph.validate import check_classes
 from partpar.kernels.adjacency import Adjacency
 from partpar.models import BasicGNN
 from partpar.nn import SourceRows, global_mean, keep_halo
+from partpar.nn.rows import takes_route
 from partpar.route import Route
 from partpar.training.best import BestWeights
 from partpar.training.checkpoint import Checkpointer
@@ -118,7 +120,7 @@ def fit(
     where there are any. Without validation rows nothing is selected: the last epoch is the best.
 
     Args:
-        model: Called as ``model(x, edge_index, route)``, see :func:`model_inputs`; returns
+        model: Called as ``model(x, edge_index, route=route)``, see :func:`model_inputs`; returns
             ``[num_owned, num_classes]``. In :class:`~torch.nn.parallel.DistributedDataParallel` if there are
             several workers.
         optimizer: Of the model's parameters.
@@ -137,7 +139,8 @@ def fit(
         The :class:`History`; the model has the weights of its best epoch.
 
     Raises:
-        GraphError: If the share lacks an attribute.
+        GraphError: If the share lacks an attribute, or labels are not one integer a node.
+        RouteError: The model takes no route.
     """
     owned = share.node("dst")
     missing = [name for name in ("x", "y", "train_mask") if name not in owned]
@@ -145,8 +148,14 @@ def fit(
         raise GraphError(
             f"expected node attributes x, y and train_mask to train on, found no {', '.join(missing)}"
         )
+    check_classes("labels 'y' of nodes", owned["y"])
     history, evaluating = History(), 0.0
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not takes_route(inner):
+        raise RouteError(
+            f"expected a model that is called as model(x, edge_index, route=route), found {type(inner).__name__}, whose "
+            "forward takes no route; wrap it by partpar.nn.route_model, or use one of partpar.models"
+        )
     best_weights = BestWeights(inner)
     inputs = model_inputs(inner, share, route)
     no_rows = torch.zeros(share.num_owned(), dtype=torch.bool, device=share.device)
@@ -155,7 +164,7 @@ def fit(
     def step() -> Tensor:
         model.train()
         optimizer.zero_grad()
-        logits = model(*inputs, route)
+        logits = model(*inputs, route=route)
         loss = global_mean(
             F.cross_entropy(logits, owned["y"], reduction="none", ignore_index=-1), masks["train"], route
         )
@@ -232,5 +241,5 @@ def evaluate(
     """
     model.eval()
     owned = share.node("dst")
-    logits = model(*(model_inputs(model, share, route) if inputs is None else inputs), route)
+    logits = model(*(model_inputs(model, share, route) if inputs is None else inputs), route=route)
     return {split: measure(metric, logits, owned["y"], mask, route) for split, mask in masks.items()}
