@@ -2,7 +2,6 @@ r"""Graphs to train on: generated ones, files of arrays, and those that PyG and 
 
 from __future__ import annotations
 
-import pickle  # only for the name of the error that torch.load raises
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage
 from partpar.errors import GraphError
 from partpar.graph.arrays import to_pyg
 from partpar.graph.npz import read_npz
+from partpar.graph.torch_file import read_saved
 
 GENERATED = ("planted", "karate")
 PLANETOID = ("Cora", "CiteSeer", "PubMed")
@@ -211,15 +211,10 @@ def from_pt(path: str | Path) -> Data | HeteroData:
         DataEdgeAttr,
         DataTensorAttr,
     ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            data = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        # torch's own words advise to let the file run code, which is never done here.
-        raise GraphError(
-            f"{path}: expected a PyG graph written by torch.save, of tensors and plain values alone, found something else "
-            f"({type(error).__name__}); of others save Data(x=..., edge_index=...), or arrays as .npz"
-        ) from None
+    with torch.serialization.safe_globals(allowed):
+        data = read_saved(
+            path, GraphError, "a PyG graph of tensors and plain values alone, written by torch.save"
+        )
     if not isinstance(data, (Data, HeteroData)):
         raise GraphError(f"{path}: expected a PyG Data or HeteroData, found a {type(data).__name__}")
     return data

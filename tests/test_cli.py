@@ -109,10 +109,12 @@ def test_a_pt_file_runs_no_code_of_its_own(tmp_path: Path, capsys: pytest.Captur
     torch.save(Data(x=torch.ones(2), more=_Sly()), tmp_path / "sly.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "no.pt").write_bytes(b"nothing of the kind")
+    (tmp_path / "program.pt").write_text('r"""A program."""\nimport torch\n')
     for name, message in (
         ("sly", "something else"),
         ("list", "found a list"),
         ("no", "something else"),
+        ("program", "something else"),
         ("gone", "none"),
     ):
         with pytest.raises(GraphError, match=rf"{name}\.pt: expected .*{message}"):

@@ -7,7 +7,6 @@ after shuffling are ranges of parts, and ``partition_graph(..., return_mapping=T
 from __future__ import annotations
 
 import json
-import pickle  # only for the name of the error that torch.load raises
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from partpar.errors import MissingPartitionError, PartitionFileError
 from partpar.graph import NODE
 from partpar.graph.npz import read_npz
+from partpar.graph.torch_file import read_saved
 
 DGL_NODE = "_N"  # the only node type of a graph without types
 
@@ -91,8 +91,8 @@ def _mapping(path: Path, node_types: list[str]) -> dict[str, Tensor]:
         elif path.suffix == ".npy":
             found = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
-            found = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+            found = read_saved(path, PartitionFileError, "a tensor")
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise PartitionFileError(
             f"{path}: expected .npy, .npz or a tensor written by torch.save, found something else; files of DGL's own need "
             "DGL once: torch.save(dgl.data.utils.load_tensors(path), 'mapping.pt')"

@@ -4,7 +4,6 @@ their own: pickles are opened with ``weights_only`` and a list of what they may 
 from __future__ import annotations
 
 import json
-import pickle  # only for the name of the error that torch.load raises
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from partpar.errors import MissingPartitionError, PartitionFileError
 from partpar.graph import EDGE, NODE, EdgeType, Frame, GraphData
+from partpar.graph.torch_file import read_saved
 
 Assignment = dict[str, Tensor]
 
@@ -86,13 +86,8 @@ def _edge_type(raw: Any, root: Path) -> EdgeType:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise MissingPartitionError(f"{path}: expected a file of the partition, found none; copy it here")
-    try:
-        with _only((_plain_dict, "collections.defaultdict"), dict):
-            return torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        # torch's own words advise to let the file run code, which is never done here.
-        what = type(error).__name__
-        raise PartitionFileError(f"{path}: expected tensors and plain values, found something else ({what})") from None
+    with _only((_plain_dict, "collections.defaultdict"), dict):
+        return read_saved(path, PartitionFileError, "tensors and plain values")
 
 
 @contextmanager
