@@ -157,7 +157,7 @@ def _stands(
             return True
         recorded = json.loads(json.dumps(_recorded(arguments)))
         stands = dict(manifest.arguments)
-        told = {name: stands[name] for name in ("node_weight", "options") if name in stands}
+        told: dict[str, Any] = {name: stands[name] for name in ("node_weight", "options") if name in stands}
         if len(told) == 2 and isinstance(told["options"], dict):
             stands["node_weight"], stands["options"] = _defaults_omitted(manifest.algorithm, *told.values())
         if graph is not None and stands == recorded != manifest.arguments:
