@@ -199,8 +199,8 @@ def test_without_a_command_the_list_of_commands_is_printed(capsys: pytest.Captur
     assert capsys.readouterr().out == f"partpar {version('partpar')}\n"
 
 
-def test_the_list_of_commands_spares_torch() -> None:
-    script = "import sys; from partpar.cli.main import make_parser; make_parser().format_help(); sys.exit('torch' in sys.modules)"
+def test_the_list_of_commands_and_the_demo_spare_torch() -> None:
+    script = "import sys; from partpar.cli.main import make_parser; make_parser('demo').format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
 
 

@@ -21,6 +21,7 @@ from partpar.nn import route_model
 from partpar.route import Route
 from partpar.training import machine, setup
 from partpar.training.metrics import MetricError
+from partpar.variables import NETWORK_FLAG
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 
@@ -97,13 +98,13 @@ def test_workers_that_share_a_gpu_talk_by_gloo(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_network_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     spread = setup.Launch(0, 0, 4, 2, "10.0.0.7", 29500)
-    monkeypatch.delenv(setup.NETWORK_FLAG, raising=False)
+    monkeypatch.delenv(NETWORK_FLAG, raising=False)
     with pytest.raises(
         setup.SetupError, match="4 workers, 2 of them on this machine, would talk over the network"
     ):
         setup._keep_to_this_machine(spread, allow_network=False)
     setup._keep_to_this_machine(spread, allow_network=True)
-    monkeypatch.setenv(setup.NETWORK_FLAG, "1")
+    monkeypatch.setenv(NETWORK_FLAG, "1")
     setup._keep_to_this_machine(spread, allow_network=False)
 
 

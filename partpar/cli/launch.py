@@ -19,8 +19,7 @@ from partpar.cli.fleet import Member, run_fleet
 from partpar.cli.hosts import Host, read_hosts
 from partpar.cli.keep import NO_WORKSPACE, PORT_TAKEN
 from partpar.cli.ssh import SSH_FAILED, RemoteCommandError, Ssh, connection_problem
-from partpar.training.environment import THREADS_FLAG
-from partpar.training.setup import NETWORK_FLAG
+from partpar.variables import NETWORK_FLAG, THREADS_FLAG
 
 EXAMPLE = "partpar launch --hosts hosts.txt --workspace /data/run --nproc-per-node 2 --allow-remote -- train.py --epochs 5"
 DEFAULT_PORT = 29500

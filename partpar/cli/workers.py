@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from partpar.errors import PartparError
-from partpar.training.environment import THREADS_FLAG
+from partpar.variables import THREADS_FLAG
 
 
 class WorkerError(PartparError, RuntimeError):

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from partpar.errors import PartparError
 
 LOOPBACK = "127.0.0.1"
-# Says that OMP_NUM_THREADS is the user's own: torchrun sets it to 1 by itself, which cannot be told from a user's 1.
-THREADS_FLAG = "PARTPAR_KEEP_THREADS"
 # Ports that a job's name is mapped to: below those that systems hand out by themselves.
 _PORTS = range(20000, 32000)
 

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from partpar import lost
-from partpar.training.environment import THREADS_FLAG, Launch, SetupError, read_environment
+from partpar.training.environment import Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.together import forget_groups
+from partpar.variables import NETWORK_FLAG, THREADS_FLAG
 
-NETWORK_FLAG = "PARTPAR_ALLOW_NETWORK"
 _SLACK = 5.0  # seconds beyond the timeouts of meeting and connecting
 _LAST_WORK = 0.1  # seconds that threads of a group get to drop what they hold
 
