@@ -157,8 +157,8 @@ def test_weights(tmp_path: Path) -> None:
         ({"algorithm": "scissors"}, "Unknown partitioning algorithm 'scissors'"),
         ({"partition_kwargs": {"sharp": 1}}, "'sharp'"),
         ({"partition_kwargs": {"seed": "a"}}, "seed: expected an integer, found 'a'"),
-        ({"num_parts": 0}, "num_parts: expected a number of at least 1, found 0"),
-        ({"num_parts": 2.0}, "num_parts: expected a number of at least 1, found 2.0"),
+        ({"num_parts": 0}, "num_parts: expected an integer of at least 1, found 0"),
+        ({"num_parts": 2.0}, "num_parts: expected an integer of at least 1, found 2.0"),
         ({"algorithm": "given"}, "expected partition_kwargs"),
         ({"algorithm": "given", "partition_kwargs": {"assignment": [0]}}, "expected 200 integers"),
         (
