@@ -16,6 +16,7 @@ from parts import parts_of
 from torch import Tensor
 
 from partpar import GraphData
+from partpar.errors import StaleIteratorError
 from partpar.kernels.adjacency import Adjacency
 from partpar.sampling import DistNeighborLoader, batches, blocks, inputs, loader
 from partpar.serving import Service
@@ -62,7 +63,17 @@ def one_key_for_all_batches(patch: Patch) -> None:
     patch.setattr(batches, "BatchKey", lambda seed, epoch, number: key(seed, 0, 0))
 
 
+def end_the_stale_quietly(patch: Patch) -> None:
+    close = loader._Epoch.close
+    patch.setattr(loader._Epoch, "close", lambda self, stale=False: close(self))
+
+
+def ids_are_raw_ids(patch: Patch) -> None:
+    patch.setattr(loader.DistLoader, "ids_of", lambda self, raw_ids, node_type=None: raw_ids)
+
+
 LOADER = (
+    end_the_stale_quietly, ids_are_raw_ids,
     rows_by_raw_id, edge_rows_by_raw_id, forget_the_last_seed, one_order_for_all_epochs, order_of_the_process,
     one_key_for_all_batches,
 )  # fmt: skip
@@ -85,6 +96,11 @@ def check_loader(service: Service) -> None:
         assert sorted(i for b in epoch for i in b.n_id[: b.batch_size].tolist()) == list(range(60))
     assert not torch.equal(first[0][0].input_id, first[1][0].input_id)
     fixed = DistNeighborLoader(service, [1], torch.zeros(8, dtype=torch.int64) + 5, batch_size=1)
+    found = service.fetch("node", ["raw_ids"], fixed.ids_of(torch.arange(60)))["raw_ids"]
+    assert torch.equal(found, torch.arange(60)), "a table's rows are those of the batch's nodes"
+    stale, _ = iter(fixed), next(iter(fixed))
+    with pytest.raises(StaleIteratorError):
+        list(stale)
     drawn = {tuple(b.e_id.tolist()) for _ in range(3) for b in fixed}
     assert len(drawn) > 1, "one node draws anew in each batch"
 
@@ -101,7 +117,7 @@ def test_the_loader_passes(service: Service) -> None:
 @pytest.mark.parametrize("mutant", LOADER, ids=lambda m: m.__name__)
 def test_a_mutant_of_the_loader_is_noticed(service: Service, mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
-    with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
+    with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError, pytest.fail.Exception)):
         check_loader(service)
 
 
