@@ -28,6 +28,7 @@ from partpar import GraphData, datasets, models, training
 from partpar.errors import SamplingError, StaleIteratorError
 from partpar.sampling import DistLinkNeighborLoader, DistNeighborLoader, blocks
 from partpar.sampling.inputs import Steps, share_out
+from partpar.serving import agent
 
 SEEDS = torch.tensor([7, 0, 44, 50, 21, 3, 58, 12, 33, 9, 51, 54])  # among them sinks, sources and isolated nodes
 
@@ -421,10 +422,15 @@ def test_one_fan_out_is_no_list_of_them(given: Any) -> None:
 def wrong_seed_case(worker: Worker, root: str, link: bool) -> None:
     share = open_share(worker, root)
     seeds = torch.tensor([1, 70000 if worker.rank == 1 else 2])
-    if link:
-        DistLinkNeighborLoader(share, [2], seeds.view(2, 1))
-    else:
-        DistNeighborLoader(share, [2], seeds)
+    try:
+        if link:
+            DistLinkNeighborLoader(share, [2], seeds.view(2, 1))
+        else:
+            DistNeighborLoader(share, [2], seeds)
+    finally:  # the service outlives the refusal: the next loader takes it, and ends it
+        with DistNeighborLoader(share, [2], batch_size=8) as loader:
+            assert len(list(loader)) == len(loader)
+        assert not agent.is_running()
 
 
 @pytest.mark.parametrize("link", [False, True])
