@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported below
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from gang import Gang
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background, and children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 WORLD_SIZES = [int(n) for n in os.environ.get("PARTPAR_TEST_WORLD_SIZES", "1,2,3,4").split(",")]
 
 
