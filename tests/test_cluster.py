@@ -130,7 +130,8 @@ def test_two_hosts_train_as_one_process_does(
 def _as_users_find_it(cluster: Cluster, folder: Path) -> dict[str, str]:
     r"""Makes a clone's examples, commands and ssh as on a machine that is set up, and returns its environment."""
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    programs = {"partpar": [sys.executable, "-m", "partpar.cli.main"]}
+    programs = {"python": [sys.executable], "partpar": [sys.executable, "-m", "partpar.cli.main"]}
+    programs["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
     programs |= {name: [shutil.which(name) or "", "-F", str(cluster.ssh_config)] for name in ("ssh", "scp")}
     (folder / "bin").mkdir()
     for name, words in programs.items():
@@ -142,22 +143,32 @@ def _as_users_find_it(cluster: Cluster, folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
-def test_the_commands_of_the_page_run_as_they_are_printed(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("number", "workers", "launches"),
+    [(0, 4, 1), (1, 2, 2), (2, 2, 2), (3, 2, 2)],
+    ids=["first", "full graph", "mini-batches", "rows and graphs"],
+)
+def test_the_commands_of_the_page_run_as_they_are_printed(
+    cluster: Cluster, tmp_path: Path, number: int, workers: int, launches: int
+) -> None:
     env = _as_users_find_it(cluster, tmp_path)
     shutil.copy(cluster.hosts_file, tmp_path / "hosts.txt")
     page = (ROOT / "docs" / "cluster.rst").read_text()
-    (block,) = re.findall(r"code-block:: bash\n\n((?:    .*\n)*    partpar copy (?:.*\n)+?)\n", page)
+    blocks = re.findall(r"code-block:: bash\n\n((?:(?:    .*)?\n)+)", page)
+    block = [block for block in blocks if "partpar copy" in block][number]
     done = subprocess.run(
         ["bash", "-euc", block],
         cwd=tmp_path,
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 worker(s)" in done.stdout
+    from_hosts = [line for line in done.stdout.splitlines() if line.startswith(f"[{ADDRESSES[0]}")]
+    assert sum(f"{workers} worker(s)" in line for line in from_hosts) >= launches, done.stdout
 
 
 def test_the_script_for_a_cluster_runs(cluster: Cluster, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--with",
         dest="extra",
         nargs="+",
+        action="extend",
         type=Path,
         default=[],
         metavar="FILE",
