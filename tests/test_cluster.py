@@ -167,8 +167,8 @@ def test_the_commands_of_the_page_run_as_they_are_printed(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    from_hosts = [line for line in done.stdout.splitlines() if line.startswith(f"[{ADDRESSES[0]}")]
-    assert sum(f"{workers} worker(s)" in line for line in from_hosts) >= launches, done.stdout
+    from_hosts = [line for line in done.stderr.splitlines() if line.startswith(f"[{ADDRESSES[0]}")]
+    assert sum(f"partpar: {workers} worker(s)" in line for line in from_hosts) == launches, done.stderr
 
 
 def test_the_script_for_a_cluster_runs(cluster: Cluster, tmp_path: Path) -> None:
