@@ -29,7 +29,7 @@ def summary_table(history: History, metric: str = "accuracy", title: str = "") -
         table.add_row("epoch time (median)", f"{1000 * history.epoch_seconds:.1f} ms")
     for rank, (share, peak) in enumerate(zip(history.exchange_share, history.peak_bytes, strict=True)):
         table.add_row(f"rank {rank}: time in exchange", f"{100 * share:.1f} %")
-        table.add_row(f"rank {rank}: peak memory", f"{peak / 2**20:.0f} MiB")
+        _add_memory(table, rank, peak)
     return table
 
 
@@ -49,5 +49,9 @@ def batch_summary_table(history: BatchHistory, metric: str = "accuracy", title: 
         table.add_row("last loss", f"{history.epochs[-1].loss:.6f}")
         table.add_row("seeds per second (median)", f"{history.seeds_per_second:,.0f}")
     for rank, peak in enumerate(history.peak_bytes):
-        table.add_row(f"rank {rank}: peak memory", f"{peak / 2**20:.0f} MiB")
+        _add_memory(table, rank, peak)
     return table
+
+
+def _add_memory(table: Table, rank: int, peak: int) -> None:
+    table.add_row(f"rank {rank}: peak memory", f"{peak / 2**20:.0f} MiB")
