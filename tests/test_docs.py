@@ -5,10 +5,12 @@ from __future__ import annotations
 import doctest
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,14 +91,24 @@ def test_commands_run_as_they_are_printed(page: str, tmp_path: Path) -> None:
             assert any((copy / "runs" / run).iterdir()), "TensorBoard's events"
 
 
-def printed_help(script: Path) -> str:
-    command = [sys.executable, str(script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+@pytest.fixture
+def printed_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
+    r"""What a script prints for ``--help``, run in this process, which has torch already."""
+
+    def run(script: Path) -> str:
+        monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+        monkeypatch.syspath_prepend(str(script.parent))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.docs
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_say_how_they_are_run(script: Path) -> None:
+def test_benchmarks_say_how_they_are_run(script: Path, printed_help: Callable[[Path], str]) -> None:
     said = printed_help(script)
     assert f"python benchmarks/{script.name}" in said
     assert "--json" in said
@@ -104,7 +116,7 @@ def test_benchmarks_say_how_they_are_run(script: Path) -> None:
 
 @pytest.mark.docs
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_keep_logs_alike(script: Path) -> None:
+def test_examples_keep_logs_alike(script: Path, printed_help: Callable[[Path], str]) -> None:
     said = printed_help(script)
     assert "--metrics" in said
     assert "--logdir" in said
