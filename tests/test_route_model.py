@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from gang import Gang, Worker
 from graphs import directed_graph, typed_graph
-from test_exactness import SGD, ZOO, Losses, Run, build, error, load, partitions, reference, train
+from pairs import rank_cases
+from test_exactness import ALGORITHMS, SGD, ZOO, Losses, Run, build, error, load, partitions, reference, train
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,27 +45,20 @@ def worker_case(
     return train(parallel, built, SGD)
 
 
-CASES = [("directed", 2, "given", True), ("directed", 4, "random", False)]
-LONG = [
-    (graph, parts, algorithm, parts % 2 == 0)
-    for graph in ("directed", "cora")
-    for parts in (1, 2, 3, 4)
-    for algorithm in ("metis", "multi-constraint-metis", "ldg", "random", "given")
-]
+CORE = [(2, "directed", "given", True), (4, "directed", "random", False)]
 
 
 @pytest.mark.filterwarnings("ignore:.*balance")
 @pytest.mark.parametrize(
-    ("graph", "parts", "algorithm", "kernels"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in LONG if case not in CASES)],
+    ("world_size", "graph", "algorithm", "kernels"), rank_cases(CORE, ("directed", "cora"), ALGORITHMS, (True, False))
 )
 def test_pygs_models_train_as_in_one_process(
-    gang: Gang, partitions: Any, graph: str, parts: int, algorithm: str, kernels: bool
+    gang: Gang, partitions: Any, world_size: int, graph: str, algorithm: str, kernels: bool
 ) -> None:
     state, expected, _ = reference(graph)
-    root = partitions(graph, algorithm, parts)
+    root = partitions(graph, algorithm, world_size)
     wrong = {}
-    for rank, runs in enumerate(gang.run(worker_case, parts, root, algorithm, state, kernels, timeout=120)):
+    for rank, runs in enumerate(gang.run(worker_case, world_size, root, algorithm, state, kernels, timeout=120)):
         for name in ZOO:
             for what in ("losses", "grads", "weights"):
                 wrong[rank, name, what] = error(getattr(runs[name], what), getattr(expected[SGD][name], what))
