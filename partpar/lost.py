@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,7 @@ class _Process:
 
 
 _processes: dict[int, _Process] = {}  # by rank in the default group
-_faults: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+_faults: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
 
 
 def introduce(group: ProcessGroup) -> None:
@@ -91,7 +92,7 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def blame(
-    error: BaseException, group: ProcessGroup, since: float | None, call: str | None = None
+    error: BaseException, group: ProcessGroup, since: float | None, call: str | None = None, matter: str = "training"
 ) -> BaseException:
     r"""What to raise instead of an error of torch's.
 
@@ -100,6 +101,8 @@ def blame(
         group: The group whose ranks were awaited.
         since: When waiting began, by :func:`time.monotonic`, if that is known.
         call: What they were awaited in; by default it is read off the stack.
+        matter: What ranks do one after the other, so that who gives up can be told from who gave up before: threads that
+            work beside the training have a matter of their own.
 
     Returns:
         :class:`~partpar.errors.RankLostError`, which names the ranks and what became of them;
@@ -110,7 +113,7 @@ def blame(
         return error
     waited = "" if since is None else f" for {time.monotonic() - since:.1f} s"
     call = where() if call is None else call
-    inquiry = _Inquiry(group, call)
+    inquiry = _Inquiry(group, call, matter)
     answered = _within(GRACE + _PATIENCE, inquiry.run)
     rank, calls = dist.get_rank(group), inquiry.calls
     if answered and len(calls) == dist.get_world_size(group) and len(set(calls.values())) > 1:
@@ -153,17 +156,17 @@ class awaiting:
     r"""Within this context ranks of a group are awaited; what torch raises there is raised as what :func:`blame` makes
     of it."""
 
-    __slots__ = ("_group", "_since")
+    __slots__ = ("_group", "_since", "_what")
 
-    def __init__(self, group: ProcessGroup | None) -> None:
-        self._group = group
+    def __init__(self, group: ProcessGroup | None, call: str | None = None, matter: str = "training") -> None:
+        self._group, self._what = group, (call, matter)
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and self._group is not None:
-            found = blame(error, self._group, self._since)
+            found = blame(error, self._group, self._since, *self._what)
             if found is not error:
                 raise found from error
 
@@ -171,12 +174,13 @@ class awaiting:
 class _Inquiry:
     """Asks what became of all ranks of a group. It has what it knows by then where the store falls silent."""
 
-    def __init__(self, group: ProcessGroup, call: str) -> None:
+    def __init__(self, group: ProcessGroup, call: str, matter: str) -> None:
         # Of all groups together: ranks in different calls may be in such of different groups.
         world = dist.group.WORLD
         assert isinstance(world, ProcessGroup)
-        number = _faults[world] = _faults.get(world, 0) + 1
-        self.prefix = f"partpar/gave_up/{number}"
+        faults = _faults.setdefault(world, Counter())
+        faults[matter] += 1
+        self.prefix = f"partpar/gave_up/{matter}/{faults[matter]}"
         self.call, self.rank = call, dist.get_rank(group)
         self.ranks = dist.get_process_group_ranks(group)
         self.calls = {self.rank: call}

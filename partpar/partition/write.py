@@ -2,6 +2,7 @@ r"""Cutting a whole graph and writing its shares: all or nothing."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -267,6 +268,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], digest: str) -> FileR
 def _publish(scratch: Path, folder: Path, digest: str, arguments: Mapping[str, Any], overwrite: bool) -> None:
     """Makes the partition visible in one rename; what stood there goes only once it is replaced."""
     old = None
+    if folder.exists() and overwrite and _swap(scratch, folder):
+        _sync(folder.parent)
+        return  # what stood there is what goes as scratch
     if folder.exists() and overwrite:
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.parent))
         os.rename(folder, old / "partition")
@@ -280,6 +284,15 @@ def _publish(scratch: Path, folder: Path, digest: str, arguments: Mapping[str, A
     _sync(folder.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Has two folders change places at once, where the system can: a kill between two renames would leave none."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    here, at_once = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(exchange(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), ctypes.c_uint(at_once)) == 0)
 
 
 def _sync(path: Path) -> None:

@@ -136,6 +136,7 @@ class Checkpointer:
         Raises:
             CheckpointWriteError: This checkpoint, or with :obj:`asynchronous` the one before, could not be written; on
                 every rank. The one before that stands.
+            RankLostError: A rank is gone, or was later than :obj:`timeout` with its part.
             CheckpointError: There is something in the state that cannot be kept.
             AgreementError: Ranks have different states.
         """
@@ -187,6 +188,7 @@ class Checkpointer:
 
         Raises:
             CheckpointWriteError: It could not be; on every rank.
+            RankLostError: A rank is gone, or was later than :obj:`timeout` with its part.
         """
         thread, self._thread = self._thread, None
         if thread is not None:

@@ -44,10 +44,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from partpar.errors import CheckpointError, CheckpointWriteError
+from partpar.errors import CheckpointError, CheckpointWriteError, PartparError, RankLostError
+from partpar.lost import awaiting
 from partpar.partition.digest import file_digest
 from partpar.training import checkpoint_files as files
 from partpar.training.checkpoint_files import Chunk, Manifest, Stored
+
+_MATTER = "checkpoints"
 
 
 def write(root: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor], group: Any, keep: int) -> None:
@@ -63,12 +66,16 @@ def write(root: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Te
 
     Raises:
         CheckpointWriteError: Some rank could not write; on every rank.
+        RankLostError: A rank is gone, or late.
     """
     _hush()
     writer = _Writer(root, step, state, keep)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        with awaiting(group, f"the checkpoint of step {step}", _MATTER):
+            dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    except RankLostError:
+        raise
     except (CheckpointException, RuntimeError, OSError) as error:
         raise CheckpointWriteError(f"the checkpoint of step {step} was not written: {_told(error)}") from error
 
@@ -84,12 +91,16 @@ def read(root: Path, manifest: Manifest, into: dict[str, Tensor], group: Any) ->
 
     Raises:
         CheckpointError: Some rank could not read; on every rank.
+        RankLostError: A rank is gone, or late.
     """
     _hush()
     reader = _Reader(files.final_folder(root, manifest.step), manifest)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp_load(into, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        with awaiting(group, f"the reading of the checkpoint of step {manifest.step}", _MATTER):
+            dcp_load(into, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except RankLostError:
+        raise
     except (CheckpointException, RuntimeError, OSError) as error:
         raise CheckpointError(f"the checkpoint of step {manifest.step} was not read: {_told(error)}") from error
 
@@ -103,7 +114,10 @@ def _told(error: BaseException) -> str:
     """What went wrong on which rank, without the tracebacks."""
     if not isinstance(error, CheckpointException):
         return f"{type(error).__name__}: {error}"
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
+    causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+    # Our own errors say all in their text; of others the name is the half of it.
+    named = {rank: "" if isinstance(cause, PartparError) else f"{type(cause).__name__}: " for rank, cause in causes.items()}
+    return "; ".join(f"rank {rank}: {named[rank]}{cause}" for rank, cause in causes.items())
 
 
 class _Writer(StorageWriter):

@@ -2,6 +2,7 @@ r"""Exact metrics over the rows of all workers, and a file of them as JSON lines
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -99,8 +100,8 @@ def measure(name: str, logits: Tensor, labels: Tensor, mask: Tensor, route: Rout
 class JsonLines:
     r"""Appends records to a file, one JSON object a line; rank 0 writes, the others do not.
 
-    Each record is one system call in append mode, so that lines of runs that share a file are never mixed and
-    a killed run leaves whole lines.
+    Each record is one system call in append mode, so that lines of runs that share a file are never mixed, and
+    a killed run or a full disk leaves whole lines.
 
     Args:
         path: The file, created with its folder where absent; :obj:`None` writes nothing.
@@ -113,7 +114,11 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, **record: Any) -> None:
-        r"""Appends one record. A number that is NaN becomes ``null``, which JSON can say."""
+        r"""Appends one record. A number that is NaN becomes ``null``, which JSON can say.
+
+        Raises:
+            OSError: It could not be written; the file is as before.
+        """
         if self.path is None:
             return
         known = {
@@ -122,6 +127,14 @@ class JsonLines:
         }
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(file, (json.dumps(known, allow_nan=False) + "\n").encode())
+            line = (json.dumps(known, allow_nan=False) + "\n").encode()
+            written = os.write(file, line)
+            if written < len(line):
+                end = os.lseek(file, 0, os.SEEK_CUR)
+                if end == os.fstat(file).st_size:  # nobody wrote behind it
+                    os.ftruncate(file, end - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from None
         finally:
             os.close(file)

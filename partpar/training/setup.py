@@ -21,6 +21,7 @@ import torch.distributed as dist
 from partpar import lost
 from partpar.training.environment import Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
+from partpar.training.meeting import meeting_store
 from partpar.training.together import forget_groups
 from partpar.variables import NETWORK_FLAG, THREADS_FLAG
 
@@ -186,7 +187,7 @@ def _meet(launch: Launch, backend: str, timeout: float, place: torch.device) -> 
         # exchange.
         dist.init_process_group(
             backend,
-            store=_store_of_this_start(launch, timeout),
+            store=meeting_store(launch, timeout),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout),
@@ -205,17 +206,6 @@ def _meet(launch: Launch, backend: str, timeout: float, place: torch.device) -> 
         ) from error
     finally:
         watch.cancel()
-
-
-def _store_of_this_start(launch: Launch, timeout: float) -> dist.Store | None:
-    r"""Workers that torchrun starts anew meet at the store of those before, and must not find their addresses there."""
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if start == "0":
-        return None  # torch makes it
-    store, _, _ = next(
-        dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timedelta(seconds=timeout))
-    )
-    return dist.PrefixStore(f"start_{start}", store)
 
 
 def init(

@@ -47,6 +47,7 @@ POINTS = {
     "write": "partpar.sharded.tensor:DistTensor.__setitem__",
     "lookup": "partpar.sharded.tensor:DistTensor.__getitem__",
     "rename": "os:rename",
+    "checkpoint": "partpar.training.checkpoint_storage:_Writer.write_data",
 }
 
 

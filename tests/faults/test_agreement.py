@@ -44,6 +44,7 @@ def another_kind(worker: Worker, what: str) -> None:
     route.apply(torch.ones(6, width, dtype=dtype))
 
 
+@pytest.mark.timed("another width or dtype on one rank")
 @pytest.mark.parametrize(("what", "said"), [("width", "size of dimension 1: rank 0 has 5, rank 1 has 3"),
                                             ("dtype", "dtype: rank 0 has torch.float32, rank 1 has torch.float64")])  # fmt: skip
 def test_another_width_or_dtype_is_found_before_the_exchange(gang: Gang, what: str, said: str) -> None:
@@ -61,6 +62,7 @@ def same_bytes(worker: Worker) -> None:
     global_mean(torch.ones(6), route=route)
 
 
+@pytest.mark.timed("another exchange on one rank")
 def test_what_no_check_sees_is_found_at_the_end_of_the_step(gang: Gang) -> None:
     for error in gang.run_expecting_errors(same_bytes, 3):
         assert error is not None
@@ -95,6 +97,7 @@ def messages(outcomes: list[Outcome], kind: str) -> list[str]:
     return [o.error[1] for o in outcomes if o.error is not None]
 
 
+@pytest.mark.timed("a skipped exchange, with a timeout of 4 s")
 @pytest.mark.faults
 @pytest.mark.parametrize("on", ["route", "world"])
 def test_a_skipped_exchange_is_told_at_the_timeout(on: str) -> None:
@@ -104,6 +107,7 @@ def test_a_skipped_exchange_is_told_at_the_timeout(on: str) -> None:
     assert time.monotonic() - start < 45
 
 
+@pytest.mark.timed("a skipped exchange, with PARTPAR_DEBUG=1")
 @pytest.mark.faults
 @pytest.mark.parametrize("on", ["route", "world"])
 def test_debugging_finds_a_skipped_exchange_at_once(on: str) -> None:

@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ from graphs import directed_graph
 
 from partpar import GraphData
 from partpar.datasets import from_npz
-from partpar.errors import PartparError
+from partpar.errors import DamagedCheckpointError, PartparError
 from partpar.graph.collection import GraphCollection
 from partpar.partition.digest import file_digest
+from partpar.training import Checkpointer
 
 pytestmark = pytest.mark.faults
 
@@ -64,6 +66,7 @@ def truncate(data: bytes, draw: random.Random) -> bytes:
     return data[: draw.randrange(len(data))]
 
 
+@pytest.mark.timed("200 damaged shares or manifests")
 @pytest.mark.parametrize("name", ["000.safetensors", "manifest.json"])
 @pytest.mark.parametrize("edit", [flip, truncate], ids=["flips", "truncations"])
 def test_damaged_bytes_are_never_taken_for_whole(name: str, edit: Edit, whole: Path, tmp_path: Path) -> None:
@@ -101,6 +104,38 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
+class Kept:
+    r"""A training's state."""
+
+    def __init__(self) -> None:
+        self.tensors = {"weight": torch.arange(12.0).view(3, 4), "steps": torch.arange(5)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.tensors, "lr": 0.1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensors = {name: state[name] for name in self.tensors}
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "SHA256SUMS", "000.safetensors"])
+@pytest.mark.parametrize("edit", [flip, truncate], ids=["flips", "truncations"])
+def test_a_damaged_checkpoint_is_never_taken_for_whole(name: str, edit: Edit, tmp_path: Path) -> None:
+    r"""All bytes of a checkpoint are under checksums, and those of the checksums are compared with what they must be."""
+    with Checkpointer(tmp_path, {"kept": Kept()}) as checkpoints:
+        checkpoints.save(1, loss=0.5)
+    path, draw = tmp_path / "step_0000000001" / name, random.Random(0)
+    data = path.read_bytes()
+    for _ in range(TRIALS):
+        path.write_bytes(edit(data, draw))
+        with Checkpointer(tmp_path, {"kept": Kept()}, resume=True) as checkpoints, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(DamagedCheckpointError):
+                checkpoints.resume()
+    path.write_bytes(data)
+    with Checkpointer(tmp_path, {"kept": Kept()}, resume=True) as checkpoints:
+        assert checkpoints.resume() == {"loss": 0.5}
+
+
 # --- files made to do harm -------------------------------------------------------------------------------------------
 
 
@@ -128,6 +163,7 @@ def resigned(root: Path) -> None:
     edit_manifest(root, lambda raw: raw["shares"][0].update(facts))
 
 
+@pytest.mark.timed("a pickle as share or manifest")
 @pytest.mark.parametrize("name", ["000.safetensors", "manifest.json"])
 def test_a_pickle_is_not_unpickled(name: str, whole: Path, tmp_path: Path) -> None:
     root, canary = shutil.copytree(whole, tmp_path / "copy"), tmp_path / "canary"
@@ -192,6 +228,7 @@ def bomb(path: Path, header: dict[str, Any] | None = None) -> None:
                     stream.write(bytes(1 << 20))
 
 
+@pytest.mark.timed("a zip bomb")
 @pytest.mark.parametrize("read", [from_npz, GraphCollection.from_npz], ids=["graph", "collection"])
 @pytest.mark.parametrize("header", [None, {"shape": (1 << 44,)}], ids=["zeros", "promises"])
 def test_a_zip_bomb_is_not_unpacked(read: Callable, header: dict[str, Any] | None, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from faults import Fault, free_port, run
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.timed("a port that is taken, with a timeout of 8 s")
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -27,6 +28,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     assert f"no answer at 127.0.0.1:{port}" in done.workers[1].text or "SetupError" in done.workers[1].text, done
 
 
+@pytest.mark.timed("a run after two that were killed")
 def test_a_run_after_one_that_was_killed_starts_clean(tmp_path: Path) -> None:
     r"""On the same port, with the same folder: first while the partition is written, then in training."""
     env = {"MASTER_PORT": str(free_port())}
@@ -41,6 +43,7 @@ def children_of(processes: list[subprocess.Popen]) -> list[psutil.Process]:
     return [child for process in processes for child in psutil.Process(process.pid).children(recursive=True)]
 
 
+@pytest.mark.timed("Ctrl-C after 12 s, until all have ended")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_ctrl_c_leaves_nothing(number: int, tmp_path: Path) -> None:
     before = {path.name for path in Path("/tmp").glob("partpar-*")} | {path.name for path in Path("/dev/shm").iterdir()}

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.faults
 
 SECONDS = 30.0  # after the fault in which all must have ended
 Measured = Callable[[str, float], None]
+KINDS = {"kill": "SIGKILL", "segv": "SIGSEGV", "raise": "exception"}
 PLACES = [
     ("full", "forward", 5),
     ("full", "backward", 5),
@@ -39,7 +40,7 @@ def test_a_worker_that_falls_takes_all_with_it(
     done = run("train", 3, Fault(what, 1, point, call), how, str(tmp_path), "100000", timeout=90.0)
     all_ended(done)
     assert done.seconds_after < SECONDS, done
-    measured({"kill": "SIGKILL", "segv": "SIGSEGV", "raise": "exception"}[what], done.seconds_after)
+    measured(KINDS[what], done.seconds_after)
     fallen, *others = done.workers[1], done.workers[0], done.workers[2]
     if point != "answer" or what != "raise":  # which is told to who asked, and that may be rank 0 or 2
         expected = {"kill": "", "segv": "Segmentation fault", "raise": f"ZeroDivisionError: {BOOM}"}[what]
@@ -49,6 +50,19 @@ def test_a_worker_that_falls_takes_all_with_it(
     assert told, f"nobody names rank 1 and what befell it:\n{done}"
     for other in others:
         assert re.search(r"(RankLost|PeerLost|Remote)Error: .*(rank|part) \d", other.text), done
+
+
+@pytest.mark.parametrize("what", ["kill", "segv", "raise"])
+def test_a_worker_that_falls_while_a_checkpoint_is_written(what: str, tmp_path: Path, measured: Measured) -> None:
+    done = run("train", 3, Fault(what, 1, "checkpoint", 3), "saves", str(tmp_path), "100000", timeout=90.0)
+    all_ended(done)
+    assert done.seconds_after < SECONDS, done
+    measured(KINDS[what], done.seconds_after)
+    told = rf"CheckpointWriteError: the checkpoint of step 3 was not written: rank 1: ZeroDivisionError: {BOOM}"
+    if what != "raise":
+        told = r"RankLostError: rank \d awaited others for [\d.]+ s in the checkpoint of step 3: rank 1 \(process \d+\) is gone"
+    for other in (done.workers[0], done.workers[2]):
+        assert re.search(told, other.text), done
 
 
 def test_the_fall_of_who_keeps_the_store(tmp_path: Path) -> None:
@@ -61,8 +75,9 @@ def test_the_fall_of_who_keeps_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "point", "call", "rank"),
-    [("full", "route.apply", 7, 1), ("full", "backward", 5, 0), ("batches", "sampling", 9, 1), ("tensor", "write", 5, 1)],
-    ids=["route.apply", "backward of rank 0", "sampling", "write"],
+    [("full", "route.apply", 7, 1), ("full", "backward", 5, 0), ("batches", "sampling", 9, 1), ("tensor", "write", 5, 1),
+     ("saves", "checkpoint", 3, 1)],
+    ids=["route.apply", "backward of rank 0", "sampling", "write", "checkpoint"],
 )
 def test_a_worker_that_stops_is_named_after_the_timeout(
     how: str, point: str, call: int, rank: int, tmp_path: Path, measured: Measured

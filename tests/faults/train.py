@@ -1,12 +1,14 @@
 r"""A worker that trains: on the full graph, on mini-batches of sampled neighbours, and with rows of a sharded tensor.
 
-``train.py HOW FOLDER [STEPS] [TIMEOUT]`` with HOW one of ``full``, ``batches``, ``tensor``. The graph is drawn, so that
-nothing needs to lie on disk but the partition.
+``train.py HOW FOLDER [STEPS] [TIMEOUT]`` with HOW one of ``full``, ``saves`` (the same, with a checkpoint of each step),
+``batches``, ``tensor``, or several, such as ``full+tensor``, one after the other. The graph is drawn, so that nothing needs
+to lie on disk but the partition.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ class Net(torch.nn.Module):
         return x
 
 
-def full(worker: training.Context, share: GraphData, steps: int) -> None:
+def full(worker: training.Context, share: GraphData, steps: int, save: Callable[..., object] = lambda *_: None) -> None:
     route, owned = share.to_route(), share.node("dst")
     torch.manual_seed(0)
     model = DistributedDataParallel(Net(owned["x"].size(1)))
@@ -54,7 +56,13 @@ def full(worker: training.Context, share: GraphData, steps: int) -> None:
         loss = global_mean(F.cross_entropy(out, owned["raw_ids"] % 3, reduction="none"), route=route)
         loss.backward()
         optimizer.step()
+        save(step + 1, model)
         print(f"step {step} loss {float(loss):.12g}", flush=True)
+
+
+def saves(worker: training.Context, share: GraphData, steps: int, folder: str, timeout: float) -> None:
+    with training.Checkpointer(folder, group=worker.group, timeout=timeout, asynchronous=False) as kept:
+        full(worker, share, steps, lambda step, model: kept.save(step, **model.module.state_dict()))
 
 
 def batches(worker: training.Context, share: GraphData, steps: int, timeout: float) -> None:
@@ -91,10 +99,13 @@ def main() -> None:
         parts = worker.world_size
         training.first_rank(lambda: graph.partition_graph(folder, parts, algorithm="random") and None, worker.group)
         share = GraphData.load_partition(folder, worker.rank, parts, algorithm="random")
-        if how == "batches":
-            batches(worker, share, steps, timeout)
-        else:
-            {"full": full, "tensor": tensor}[how](worker, share, steps)
+        for kind in how.split("+"):
+            if kind == "batches":
+                batches(worker, share, steps, timeout)
+            elif kind == "saves":
+                saves(worker, share, steps, f"{folder}/checkpoints", timeout)
+            else:
+                {"full": full, "tensor": tensor}[kind](worker, share, steps)
     print("ended well", flush=True)
 
 
