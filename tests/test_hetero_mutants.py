@@ -13,8 +13,9 @@ import pytest
 import test_snapshots
 import torch
 from gang import Gang, GangError, Worker
-from test_hetero import HIDDEN, Runs, cut, errors, reference, worker_case
+from test_hetero import cut
 from torch import Tensor
+from typed_models import HIDDEN, Runs, errors, reference, worker_case
 
 from partpar import GraphData, HeteroRoute, hetero_route
 from partpar.graph import Windows

@@ -11,8 +11,9 @@ import pytest
 import torch
 from gang import Gang, Worker
 from graphs import typed_graph
-from test_hetero import cut, load
+from test_hetero import cut
 from torch import Tensor
+from typed_models import load
 
 from partpar import GraphData, HeteroRoute, Route
 from partpar.errors import PartitionError

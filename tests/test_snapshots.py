@@ -14,11 +14,12 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from gang import Gang, Worker
 from graphs import directed_graph, npz_path, typed_graph
+from pairs import rank_cases
 from partpar.models import RecurrentGCN
-from test_hetero import Runs, errors
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import Data
+from typed_models import Runs, errors
 
 from partpar import GraphData, datasets, nn
 from partpar.errors import GraphError, PartitionError
@@ -168,19 +169,15 @@ def agree(gang: Gang, folder: Path, graph: str, algorithm: str, parts: int, step
     assert float(losses[-1]) < float(losses[0]) - 1e-4
 
 
+CORE = [(2, "generated", "metis"), (4, "generated", "random")]
+
+
 @pytest.mark.filterwarnings("ignore:.*balance")
-@pytest.mark.parametrize(("parts", "algorithm"), [(2, "metis"), (4, "random")])
+@pytest.mark.parametrize(
+    ("world_size", "graph", "algorithm"),
+    rank_cases(CORE, ("generated", "bitcoin_otc"), ("metis", "multi-constraint-metis", "ldg", "random")),
+)
 def test_a_recurrent_network_trains_as_in_one_process(
-    gang: Gang, tmp_path: Path, parts: int, algorithm: str
-) -> None:
-    agree(gang, tmp_path, "generated", algorithm, parts, STEPS)
-
-
-@pytest.mark.soak
-@pytest.mark.filterwarnings("ignore:.*balance")
-@pytest.mark.parametrize("algorithm", ["metis", "multi-constraint-metis", "ldg", "random"])
-@pytest.mark.parametrize("graph", ["generated", "bitcoin_otc"])
-def test_so_does_it_for_every_cut(
     gang: Gang, tmp_path: Path, world_size: int, graph: str, algorithm: str
 ) -> None:
     agree(gang, tmp_path, graph, algorithm, world_size, STEPS)
