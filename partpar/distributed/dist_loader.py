@@ -13,7 +13,7 @@ from partpar.distributed.rpc import init_rpc, shutdown_rpc
 from partpar.sampling import DistLoader, DistNeighborSampler
 from partpar.serving import agent
 
-__all__ = ["DistLoader", "StoreLoader", "connected"]
+__all__ = ["DistLoader", "StoreLoader"]
 
 _THREADS = 2  # that make batches, whatever `concurrency` is; more would only wait for each other
 
@@ -64,8 +64,28 @@ class StoreLoader(DistLoader):
 
     data: Any
 
-    def _adopt(self, data: Any, sampler: DistNeighborSampler, context: Any, channel: Any) -> None:
-        self.data, self.dist_sampler, self.current_ctx, self.channel = data, sampler, context, channel
+    def _set_up(
+        self,
+        dist_sampler: DistNeighborSampler | None,
+        current_ctx: Any,
+        data: Any,
+        meeting: tuple[str | None, int | str | None, int, float],
+        concurrency: int,
+        async_sampling: bool,
+        draws: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            meeting: ``master_addr``, ``master_port``, ``num_rpc_threads`` and ``rpc_timeout``.
+            draws: Arguments of the sampler.
+            **options: Of the loader, and those that mean nothing.
+        """
+        options, channel = rename(options, concurrency, async_sampling)
+        seed = options.get("seed", 0)
+        sampler = connected(dist_sampler, current_ctx, data, *meeting, concurrency=concurrency, seed=seed, **draws)
+        super().__init__(sampler.service, **sampler.options, **options)  # of partpar's own loader of nodes or links
+        self.data, self.dist_sampler, self.current_ctx, self.channel = data, sampler, current_ctx, channel
         self.neighbor_sampler = self.node_sampler = self.link_sampler = sampler
 
     def __enter__(self) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from partpar import sampling
-from partpar.distributed.dist_loader import StoreLoader, connected, rename
+from partpar.distributed.dist_loader import StoreLoader
 from partpar.sampling import DistNeighborSampler
 
 
@@ -54,22 +54,12 @@ class DistNeighborLoader(StoreLoader, sampling.DistNeighborLoader):
         rpc_timeout: float = 180,
         **kwargs: Any,
     ) -> None:
-        kwargs, channel = rename(kwargs, concurrency, async_sampling)
-        sampler = connected(
-            dist_sampler, current_ctx, data, master_addr, master_port, num_rpc_threads, rpc_timeout,
-            num_neighbors=num_neighbors, replace=replace, subgraph_type=subgraph_type, disjoint=disjoint,
-            temporal_strategy=temporal_strategy, time_attr=time_attr, weight_attr=weight_attr, concurrency=concurrency,
-            seed=kwargs.get("seed", 0),
+        draws = {
+            "num_neighbors": num_neighbors, "replace": replace, "subgraph_type": subgraph_type, "disjoint": disjoint,
+            "temporal_strategy": temporal_strategy, "time_attr": time_attr, "weight_attr": weight_attr,
+        }  # fmt: skip
+        meeting = (master_addr, master_port, num_rpc_threads, rpc_timeout)
+        self._set_up(
+            dist_sampler, current_ctx, data, meeting, concurrency, async_sampling, draws,
+            input_nodes=input_nodes, input_time=input_time, transform=transform, filter_per_worker=filter_per_worker, device=device, **kwargs,
         )  # fmt: skip
-        sampling.DistNeighborLoader.__init__(
-            self,
-            sampler.service,
-            input_nodes=input_nodes,
-            input_time=input_time,
-            transform=transform,
-            filter_per_worker=filter_per_worker,
-            device=device,
-            **sampler.options,
-            **kwargs,
-        )
-        self._adopt(data, sampler, current_ctx, channel)
