@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from partpar.agreement import digest as digest
+from partpar.agreement import digest
 from partpar.kernels.table import words
 from partpar.sharded.policy import PartPolicy
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partpar import exchange
+from partpar.agreement import digest
 from partpar.errors import RouteError
 from partpar.graph import GraphData
 from partpar.kernels.table import put_rows
@@ -17,7 +18,7 @@ from partpar.sharded import swap
 from partpar.sharded.checkpoint import ShardedRows, copy_rows
 from partpar.sharded.initializers import InitFunc, initialise
 from partpar.sharded.policy import PartPolicy, as_policy
-from partpar.sharded.shard import Shard, digest, names
+from partpar.sharded.shard import Shard, names
 
 if TYPE_CHECKING:
     from partpar.sharded.one_sided import OneSided

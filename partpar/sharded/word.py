@@ -11,8 +11,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from partpar import exchange
+from partpar.agreement import digest
 from partpar.errors import RouteError
-from partpar.sharded.shard import Shard, digest
+from partpar.sharded.shard import Shard
 from partpar.sharded.wanted import Wanted
 from partpar.sharded.wire import away, id_blocks, send_ids
 
