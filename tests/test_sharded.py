@@ -70,7 +70,7 @@ def test_any_sequence_equals_the_dense_one(gang: Gang, world_size: int, play: Pl
 
 @pytest.mark.soak
 @given(play=plays())
-@examples(300)
+@examples(100)
 def test_many_sequences_equal_the_dense_one(gang: Gang, world_size: int, play: Play) -> None:
     compare(gang, world_size, play)
 
