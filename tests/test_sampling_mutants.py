@@ -47,8 +47,8 @@ def draw_by_local_id(patch: Patch) -> None:
 def draw_by_part(patch: Patch) -> None:
     answer = owner.answer_hop
 
-    def mutant(share: GraphData, request: hop_answers.HopRequest) -> hop_answers.HopReply:
-        return answer(share, replace(request, key=request.key ^ share.part_id))
+    def mutant(share: GraphData, request: hop_answers.HopRequest, *most: int) -> hop_answers.HopReply:
+        return answer(share, replace(request, key=request.key ^ share.part_id), *most)
 
     patch.setattr(owner, "answer_hop", mutant)
 

@@ -25,6 +25,7 @@ _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _YAML = re.compile(r"-(\s|--|$)|\w+:(\s|$)")  # how a list, a document or a mapping begins
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,15}")
+_MOST_BYTES = 1 << 24  # of a file
 _SSH_PORT = 22
 _WORKER_PORTS = 1024  # workers need no port below, which only root may listen on
 
@@ -96,9 +97,13 @@ def read_hosts(path: str | Path) -> list[Host]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise HostFileError(f"{path}: expected a file of hosts, found none to read: {error}") from error
+    if len(content) > _MOST_BYTES:
+        raise HostFileError(f"{path}: expected a file of hosts, at most {_MOST_BYTES} bytes, found more")
     numbered = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
     lines = [(number, line) for number, line in numbered if line]
     # PyG's ip_config.yaml holds plain lines.
@@ -153,7 +158,7 @@ def _with_port(path: Path, entry: _Entry) -> _Entry:
 
 def _line_entry(path: Path, line: int, text: str) -> _Entry:
     words = text.split()
-    if len(words) > 2:
+    if not 1 <= len(words) <= 2:
         raise HostFileError(
             f"{path}:{line}: expected [USER@]ADDRESS[:SSH_PORT] [PORT or ID], found {len(words)} words: {text!r}"
         )
@@ -185,10 +190,13 @@ def _check_address(path: Path, line: int, address: str) -> None:
     # Only digits and dots: meant as IPv4, so that 10.0.0.256 is no name to look up.
     meant = re.fullmatch(r"[\d.]+", address) or ":" in address
     if meant:
+        plain, zoned, zone = address.partition("%")
         try:
-            ipaddress.ip_address(address.partition("%")[0])
+            ipaddress.ip_address(plain)
         except ValueError as error:
             raise HostFileError(f"{path}:{line}: expected an address, found {address!r}: {error}") from error
+        if zoned:
+            _matching(path, line, "interface after '%'", zone, _INTERFACE)
     else:
         _matching(path, line, "name or address of a host", address, _NAME)
 
@@ -216,13 +224,13 @@ def _yaml_entries(path: Path, text: str) -> list[_Entry]:
         ) from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # "\UFFFFFFFF" is no character
         mark = getattr(error, "problem_mark", None)
         line = 1 if mark is None else mark.line + 1
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise HostFileError(f"{path}:{line}: expected YAML, found {problem}") from error
-    if isinstance(root, yaml.MappingNode):
-        found = {str(key.value): value for key, value in root.value}  # a key may be a list
+    if isinstance(root, yaml.MappingNode) and _has_plain_keys(root):
+        found = {key.value: value for key, value in root.value}
         if set(found) != {"hosts"}:
             raise HostFileError(
                 f"{path}:{root.start_mark.line + 1}: expected a list under 'hosts', found the keys {sorted(found)}"
@@ -236,13 +244,20 @@ def _yaml_entries(path: Path, text: str) -> list[_Entry]:
         line = node.start_mark.line + 1
         if isinstance(node, yaml.ScalarNode):
             entries.append(_line_entry(path, line, node.value))
-        elif isinstance(node, yaml.MappingNode) and all(
-            isinstance(v, yaml.ScalarNode) for _, v in node.value
+        elif (
+            isinstance(node, yaml.MappingNode)
+            and _has_plain_keys(node)
+            and all(isinstance(v, yaml.ScalarNode) for _, v in node.value)
         ):
-            entries.append(_mapping_entry(path, line, {str(key.value): value.value for key, value in node.value}))
+            entries.append(_mapping_entry(path, line, {key.value: value.value for key, value in node.value}))
         else:
             raise HostFileError(f"{path}:{line}: expected a host, or a mapping with its address")
     return entries
+
+
+def _has_plain_keys(node: Any) -> bool:
+    r"""Whether all keys are words: written out, one that is a list of lists of aliases would be endless."""
+    return all(isinstance(key.value, str) for key, _ in node.value)
 
 
 def _mapping_entry(path: Path, line: int, given: dict[str, str]) -> _Entry:

@@ -86,7 +86,7 @@ def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | No
         columns: dict[str, Tensor | Callable[[], Tensor]] = dict(
             file.attributes(edge_key(edge_type, "attr", ""))
         )
-        columns["raw_ids"] = file.reader(edge_key(edge_type, "raw_ids"))
+        columns["raw_ids"] = file.reader(edge_key(edge_type, "raw_ids"), high - low)
         columns["ids"] = _range(low, high)
         edges[edge_type] = Frame(high - low, columns, f"edges of type {edge_type}")
     meta = dict(manifest.meta)
@@ -100,15 +100,15 @@ def open_share(folder: Path, manifest: Manifest, part_id: int, verify: bool | No
 def _node_frames(
     file: _TensorFile, node_type: str, low: int, high: int, num_nodes: int
 ) -> tuple[Frame, Frame]:
-    halo_ids = file.read(node_key(node_type, "halo_ids"))
+    halo_ids = file.integers(node_key(node_type, "halo_ids"))
     rising = bool((halo_ids.diff() > 0).all())
     outside = not bool(((halo_ids >= low) & (halo_ids < high)).any())
-    within = halo_ids.numel() == 0 or (int(halo_ids[0]) >= 0 and int(halo_ids[-1]) < num_nodes)
-    if not (rising and outside and within):
+    if not (rising and outside and _within(halo_ids, num_nodes)):
         raise PartitionFileError(
             f"{file.path}: expected ascending ids below {num_nodes} and outside of {low} to {high - 1} in {node_key(node_type, 'halo_ids')!r}"
         )
-    raw_ids, halo_raw_ids = (file.reader(node_key(node_type, name)) for name in ("raw_ids", "halo_raw_ids"))
+    raw_ids = file.reader(node_key(node_type, "raw_ids"), high - low)
+    halo_raw_ids = file.reader(node_key(node_type, "halo_raw_ids"), halo_ids.numel())
     columns: dict[str, Tensor | Callable[[], Tensor]] = dict(file.attributes(node_key(node_type, "attr", "")))
     owned = Frame(
         high - low,
@@ -131,7 +131,7 @@ def _range(low: int, high: int) -> Callable[[], Tensor]:
 
 
 def _csc(file: _TensorFile, edge_type: EdgeType, num_src: int, num_dst: int, num_edges: int) -> CSC:
-    indptr, indices = file.read(edge_key(edge_type, "indptr")), file.read(edge_key(edge_type, "indices"))
+    indptr, indices = (file.integers(edge_key(edge_type, name)) for name in ("indptr", "indices"))
     if (
         indptr.numel() != num_dst + 1
         or int(indptr[0]) != 0
@@ -141,13 +141,15 @@ def _csc(file: _TensorFile, edge_type: EdgeType, num_src: int, num_dst: int, num
         raise PartitionFileError(
             f"{file.path}: expected {num_dst + 1} numbers that rise from 0 to {num_edges} in {edge_key(edge_type, 'indptr')!r}"
         )
-    if indices.numel() != num_edges or (
-        num_edges and not 0 <= int(indices.min()) <= int(indices.max()) < num_src
-    ):
+    if indices.numel() != num_edges or not _within(indices, num_src):
         raise PartitionFileError(
             f"{file.path}: expected {num_edges} numbers from 0 to {num_src - 1} in {edge_key(edge_type, 'indices')!r}"
         )
     return CSC(indptr, indices)
+
+
+def _within(indices: Tensor, size: int) -> bool:
+    return indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < size
 
 
 class _TensorFile:
@@ -194,7 +196,11 @@ class _TensorFile:
             raise PartitionFileError(
                 f"{self.path}: expected a tensor {name!r}, found {sorted(self.record.tensors)}"
             )
-        tensor: Tensor = self._handle.get_tensor(name)
+        try:
+            tensor: Tensor = self._handle.get_tensor(name)
+        except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+            # A dtype that torch has none for, or a place that is no multiple of its size.
+            raise PartitionFileError(f"{self.path}: expected a tensor {name!r}, found {error}") from error
         dtype, shape = self.record.tensors[name]
         if tensor.dtype != getattr(torch, dtype) or list(tensor.shape) != shape:
             raise PartitionFileError(
@@ -202,8 +208,18 @@ class _TensorFile:
             )
         return tensor
 
-    def reader(self, name: str) -> Callable[[], Tensor]:
-        return lambda: self.read(name)
+    def integers(self, name: str, size: int | None = None) -> Tensor:
+        """A tensor of ids, or of places: all else that is read may be anything."""
+        tensor = self.read(name)
+        fits = tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
+        if not fits or size not in (None, tensor.numel()):
+            raise PartitionFileError(
+                f"{self.path}: expected {'' if size is None else f'{size} '}integers in {name!r}, found {tensor.dtype} {list(tensor.shape)}"
+            )
+        return tensor
+
+    def reader(self, name: str, size: int | None = None) -> Callable[[], Tensor]:
+        return (lambda: self.read(name)) if size is None else (lambda: self.integers(name, size))
 
     def attributes(self, prefix: str) -> dict[str, Callable[[], Tensor]]:
         return {

@@ -3,6 +3,8 @@ r"""The manifest: what a partition is and what each of its files must be, as JSO
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -17,6 +19,8 @@ from partpar.graph import EdgeType, Windows
 from partpar.partition.layout import FORMAT, FORMAT_VERSION, MANIFEST
 
 _MAX_BYTES = 1 << 28
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # in the partition's own folder, on any file system
+_HEX = re.compile(r"[0-9a-f]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -140,18 +144,21 @@ def _windows(raw: Any) -> Windows | None:
     if raw is None:
         return None
     boundaries = tuple(raw["boundaries"])
-    if len(boundaries) < 2 or not all(type(b) in (int, float) for b in boundaries):
-        raise ValueError(f"expected at least 2 numbers as boundaries of windows, found {boundaries[:8]}")
+    numbers = all(
+        (type(b) is int and abs(b) < 2**63) or (type(b) is float and math.isfinite(b)) for b in boundaries
+    )
+    if len(boundaries) < 2 or not numbers or any(a > b for a, b in pairwise(boundaries)):
+        raise ValueError(f"expected at least 2 finite numbers that rise as boundaries of windows, found {boundaries[:8]}")
     return Windows(_text(raw["time_attr"]), boundaries)
 
 
 def _record(raw: dict[str, Any]) -> FileRecord:
     name = _text(raw["name"])
-    if Path(name).name != name or name in (".", ".."):
+    if _FILE.fullmatch(name) is None:
         raise ValueError(f"expected the name of a file in the partition's own folder, found {name!r}")
     tensors = {}
     for key, (dtype, shape) in raw["tensors"].items():
-        if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
+        if not isinstance(vars(torch).get(_text(dtype)), torch.dtype):  # getattr would import modules of torch's
             raise ValueError(f"tensor {key!r}: {dtype!r} is no dtype")
         tensors[key] = [dtype, [_count(n) for n in shape]]
     return FileRecord(name, _count(raw["num_bytes"]), _hex(raw["sha256"]), tensors)
@@ -181,7 +188,8 @@ def _text(raw: Any) -> str:
 
 
 def _hex(raw: Any) -> str:
-    int(_text(raw), 16)
+    if _HEX.fullmatch(_text(raw)) is None:
+        raise ValueError(f"expected hexadecimal digits, found {raw!r}")
     return str(raw)
 
 

@@ -7,7 +7,7 @@ and, for a time attribute, the edges of each destination in the order of their t
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from partpar.serving.messages import STRATEGIES, HopReply, HopRequest
 __all__ = ["HopReply", "HopRequest", "answer_hop", "forget_attribute"]
 
 _NONE = np.empty(0, np.int64)
+MAX_DRAWS = 1 << 40  # more than any memory holds
 
 
 @dataclass
@@ -43,16 +44,18 @@ class _Edges:
 _kept: weakref.WeakKeyDictionary[GraphData, dict[EdgeType, _Edges]] = weakref.WeakKeyDictionary()
 
 
-def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
+def answer_hop(share: GraphData, request: HopRequest, max_draws: int = MAX_DRAWS) -> HopReply:
     r"""Draws in-neighbours of owned nodes; any number of threads may do so at a time.
 
     Args:
         share: The share that owns all destinations asked for. Where :obj:`time_attr` is a node attribute, its sources
             must have it too, owned nodes and halo: ``share.node(type, "src")[time_attr]``.
         request: See :class:`~partpar.serving.messages.HopRequest`.
+        max_draws: How many neighbours to draw at most.
 
     Raises:
-        SamplingError: An id is not owned here, or an attribute is missing or of the wrong shape.
+        SamplingError: An id is not owned here, an attribute is missing or of the wrong shape, or there are more
+            neighbours to draw.
     """
     edge_type = request.edge_type
     if edge_type not in share.edge_types:
@@ -87,6 +90,12 @@ def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
             sample.shrink_to_time(lo, hi, sorted_times, request.times.numpy())
             if request.temporal_strategy == "last" and request.fanout >= 0:
                 sample.shrink_to_last(lo, hi, request.fanout)
+    if not request.replace and request.fanout > edges.indices.shape[0]:
+        request = replace(request, fanout=edges.indices.shape[0])  # room for no more picks than there are edges
+    if request.fanout < 0 or n * request.fanout > max_draws:
+        draws = n * request.fanout if request.replace and request.fanout >= 0 else _num_draws(lo, hi, request.fanout)
+        if draws > max_draws:
+            raise SamplingError(f"expected at most {max_draws} neighbours at a time, found {draws}; ask for fewer rows, or for fewer of each")
     positions, counts = _draw(share, request, edges, rows.numpy(), lo, hi, order)
     if order is not _NONE:
         sample.reorder(positions, order)
@@ -102,6 +111,10 @@ def answer_hop(share: GraphData, request: HopRequest) -> HopReply:
         torch.from_numpy(counts),
         None if edge_rows is None else torch.from_numpy(edge_rows),
     )
+
+
+def _num_draws(lo: np.ndarray, hi: np.ndarray, fanout: int) -> int:
+    return int((hi - lo if fanout < 0 else np.minimum(hi - lo, fanout)).sum())
 
 
 def forget_attribute(share: GraphData, name: str) -> None:

@@ -6,7 +6,7 @@ An edge lives with its destination, so whoever owns a node can draw its in-neigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,6 +21,17 @@ from partpar.kernels.ragged import interleave
 Wire = tuple[dict[str, Tensor], dict[str, Any]]
 
 STRATEGIES = ("uniform", "last")
+
+# What a field may be, by its annotation.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "Tensor": lambda value: isinstance(value, Tensor),
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "str": lambda value: isinstance(value, str),
+    "EdgeType": lambda value: (
+        isinstance(value, tuple) and len(value) == 3 and all(isinstance(name, str) for name in value)
+    ),
+}
 
 
 class _Message:
@@ -40,19 +51,32 @@ class _Message:
 
     @classmethod
     def from_wire(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Self:
-        r"""Back from :meth:`to_wire`; raises :class:`~partpar.errors.SamplingError` for names that do not fit."""
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        strange = (set(tensors) | set(values)) - known
+        r"""Back from :meth:`to_wire`; raises :class:`~partpar.errors.SamplingError` for names and values that do not
+        fit: they may come from a stranger."""
+        if not isinstance(values, Mapping):
+            raise SamplingError(f"{cls.__name__}: expected plain values by name, found {type(values).__name__}")
+        known = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+        strange = (set(tensors) | set(values)) - set(known)
         if strange:
             raise SamplingError(
-                f"{cls.__name__}: expected fields among {sorted(known)}, found {sorted(strange)}; "
+                f"{cls.__name__}: expected fields among {sorted(known)}, found {sorted(map(str, strange))}; "
                 f"run the same version of partpar on all workers"
             )
         plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
-            return cls(**tensors, **plain)
+            read = cls(**tensors, **plain)
         except TypeError as error:  # a field without default is missing
             raise SamplingError(f"{cls.__name__}: expected all of its fields, found: {error}") from error
+        for name, annotation in known.items():
+            kind, _, optional = annotation.partition(" | ")
+            value = getattr(read, name)
+            if not (_FITS[kind](value) or (optional and value is None)):
+                raise SamplingError(f"{cls.__name__}: expected {name} to be {annotation}, found {type(value).__name__}")
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        r"""Raises :class:`~partpar.errors.SamplingError` for fields that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,10 @@ class HopRequest(_Message):
     disjoint_ids: Tensor | None = None
     with_edge_rows: bool = False
 
+    def _check(self) -> None:
+        if not 0 <= self.key < 2**64:
+            raise SamplingError(f"HopRequest: expected a key of 64 bits, found {self.key:#x}")
+
     def take(self, index: Tensor) -> HopRequest:
         r"""The request for some of the rows: what one owner is asked."""
         return replace(
@@ -118,6 +146,19 @@ class HopReply(_Message):
     counts: Tensor
     edge_rows: Tensor | None = None
 
+    def _check(self) -> None:
+        columns = [*self._columns(), self.counts]
+        m = self.ids.numel()
+        flat = all(c.dtype == torch.int64 and c.dim() == 1 for c in columns)
+        if not flat or any(c.numel() != m for c in columns[:-1]):
+            raise SamplingError(
+                f"HopReply: expected int64 columns of one length, found {[(c.dtype, list(c.shape)) for c in columns]}"
+            )
+        # Each of them as well, for a sum may overflow.
+        least, most = (int(n) for n in self.counts.aminmax()) if self.counts.numel() else (0, 0)
+        if least < 0 or most > m or int(self.counts.sum()) != m:
+            raise SamplingError(f"HopReply: expected counts that sum to {m}, found others, from {least} to {most}")
+
     @classmethod
     def empty(cls, num_rows: int = 0, with_edge_rows: bool = False) -> HopReply:
         r"""No neighbours for any of the rows."""
@@ -134,7 +175,15 @@ class HopReply(_Message):
             index: The rows of the whole request that each reply answers, as given to :meth:`HopRequest.take`. Together
                 they are all rows, each once.
             num_rows: Rows of the whole request.
+
+        Raises:
+            SamplingError: A reply is not one to its rows.
         """
+        for reply, rows in zip(replies, index, strict=True):
+            if reply.counts.numel() != rows.numel():
+                raise SamplingError(
+                    f"HopReply: expected neighbours of {rows.numel()} rows, found those of {reply.counts.numel()}"
+                )
         if len(replies) == 1 and replies[0].counts.numel() == num_rows and index[0].numel() == num_rows:
             at = index[0]
             if num_rows < 2 or bool((at[1:] > at[:-1]).all()):  # all rows in order: nothing to move

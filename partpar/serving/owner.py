@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partpar.errors import GraphError, IdError
+from partpar.errors import GraphError, IdError, ServiceError
 from partpar.graph import EdgeType, Frame, GraphData
 from partpar.kernels.table import fetch_rows, put_rows, words
 from partpar.serving.cache import RowCache
 from partpar.serving.hop import answer_hop, forget_attribute
 from partpar.serving.later import MadeOnce, later
 from partpar.serving.messages import HopReply, HopRequest
-from partpar.serving.transport import Tensors, Values, Verbs
+from partpar.serving.transport import MAX_BYTES, Tensors, Values, Verbs
 
 Type = str | EdgeType
+_DRAW_BYTES = 4 * 8  # of a neighbour in an answer
 
 
 def frame_of(share: GraphData, kind: str | Sequence[str]) -> Frame:
@@ -86,9 +87,11 @@ class Owner:
         if any(self._needs_times(r) and self._times.get(_times_key(r)) is None for r in requests.values()):
             return later()
         out: Tensors = {}
+        left = MAX_BYTES // _DRAW_BYTES
         for key, request in requests.items():
-            reply, _ = answer_hop(self.share, request).to_wire()
-            out.update({f"{key}/{name}": tensor for name, tensor in reply.items()})
+            drawn = answer_hop(self.share, request, left)
+            left -= drawn.ids.numel()
+            out.update({f"{key}/{name}": tensor for name, tensor in drawn.to_wire()[0].items()})
         return out
 
     def hop(self, request: HopRequest) -> HopReply:
@@ -121,10 +124,15 @@ class Owner:
     def fetch(self, tensors: Tensors, values: Values) -> Tensors:
         r"""Rows of attributes: ``values["wanted"][k]`` is ``[type, names]``, ``tensors["k"]`` the rows."""
         out: Tensors = {}
+        size = 0
         for k, (kind, names) in enumerate(values["wanted"]):
             rows = _rows(tensors, str(k))
             for name in names:
-                out[f"{k}/{name}"] = take(column_of(self.share, kind, name), rows)
+                column = column_of(self.share, kind, name)
+                size += rows.numel() * column.shape[1:].numel() * column.element_size()
+                if size > MAX_BYTES:
+                    raise ServiceError(f"expected rows of at most {MAX_BYTES} bytes in an answer, found more; ask for fewer")
+                out[f"{k}/{name}"] = take(column, rows)
         return out
 
     def put(self, tensors: Tensors, values: Values) -> Tensors:

@@ -21,7 +21,8 @@ Values = dict[str, Any]
 Handler = Callable[[Tensors, Values], Tensors]
 
 MAX_BYTES = 1 << 30  # of a message's tensors
-MAX_ITEMS = 1 << 16  # of its names and plain values
+MAX_ITEMS = 1 << 16  # of its plain values
+_MAX_TEXT = 1 << 20  # characters of its names and strings
 _MAX_DEPTH = 6
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -71,7 +72,7 @@ class Verbs:
 
     def answer(self, verb: str, tensors: Tensors, values: Values) -> Tensors:
         r"""Checks a message and hands it to its verb's handler."""
-        handler = self._handlers.get(verb)
+        handler = self._handlers.get(verb) if isinstance(verb, str) else None
         if handler is None:
             raise ServiceError(f"expected a verb of {sorted(self._handlers)}, found {verb!r}")
         check_message(tensors, values)
@@ -79,7 +80,8 @@ class Verbs:
             return handler(tensors, values)
         except PartparError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as for a name that is absent
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            # Such as for a name that is absent.
             raise ServiceError(f"{verb!r} failed on what it was asked: {type(error).__name__}: {error}") from error
 
 
@@ -148,23 +150,23 @@ def check_message(tensors: Tensors, values: Values) -> None:
         size += tensor.nbytes
     if size > MAX_BYTES:
         raise ServiceError(f"expected tensors of at most {MAX_BYTES} bytes in a message, found {size}")
-    _count_plain(values, 0)
+    _check_plain([list(tensors), values])
 
 
-def _count_plain(value: Any, depth: int) -> int:
-    if isinstance(value, _PLAIN):
-        if isinstance(value, str) and len(value) > MAX_ITEMS:
-            raise ServiceError(f"expected strings of at most {MAX_ITEMS} characters, found {len(value)}")
-        return 1
-    if isinstance(value, Mapping):
-        items = [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple)):
-        items = list(value)
-    else:
-        raise ServiceError(f"expected plain values, found {type(value).__name__}")
-    if depth >= _MAX_DEPTH or len(items) > MAX_ITEMS:
-        raise ServiceError(f"expected at most {MAX_ITEMS} values nested {_MAX_DEPTH} deep, found more")
-    total = sum(_count_plain(item, depth + 1) for item in items)
-    if total > MAX_ITEMS:
-        raise ServiceError(f"expected at most {MAX_ITEMS} plain values, found {total}")
-    return total
+def _check_plain(message: Any) -> None:
+    """Counts before it looks at what it counts: lists may hold each other, many times over."""
+    items, text, left = 1, 0, [(message, 0)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, str):
+            text += len(value)
+        elif isinstance(value, (list, tuple, Mapping)):
+            items += len(value) * (2 if isinstance(value, Mapping) else 1)
+            if depth > _MAX_DEPTH or items > MAX_ITEMS:
+                raise ServiceError(f"expected at most {MAX_ITEMS} values nested {_MAX_DEPTH} deep, found more")
+            inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+            left += [(one, depth + 1) for one in inner]
+        elif not isinstance(value, _PLAIN) or (isinstance(value, int) and value.bit_length() > 64):
+            raise ServiceError(f"expected plain values, and integers of 64 bits, found {type(value).__name__}")
+    if text > _MAX_TEXT:
+        raise ServiceError(f"expected at most {_MAX_TEXT} characters in a message, found {text}")
