@@ -126,6 +126,7 @@ class FoundNodes:
             self._table = table
 
     def _new_table(self, capacity: int) -> np.ndarray:
+        """As :func:`~partpar.kernels.relabel.new_table`, in memory that serves again."""
         table: np.ndarray = self._buffers.empty((table_size(capacity), 2), torch.int64).fill_(-1).numpy()
         return table
 
