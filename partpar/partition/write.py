@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -260,7 +261,10 @@ def _write_all(
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], digest: str) -> FileRecord:
     # One metadata key at most: safetensors orders several at random, and the same input must give the same bytes.
-    save_file(tensors, path, metadata={"run_id": digest})
+    try:
+        save_file(tensors, path, metadata={"run_id": digest})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}; free some space or name another root") from None
     _sync(path)
     return FileRecord(path.name, path.stat().st_size, file_digest(path), describe(tensors))
 

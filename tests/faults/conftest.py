@@ -56,4 +56,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["fault", "seconds"])
-        writer.writerows(sorted(rows.items()))
+        writer.writerows(sorted(rows.items(), key=lambda row: row[0].lower()))

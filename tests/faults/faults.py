@@ -16,6 +16,7 @@ import functools
 import importlib
 import json
 import os
+import random
 import re
 import runpy
 import signal
@@ -32,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 VARIABLE = "PARTPAR_TEST_FAULT"
 BOOM = "this was done on purpose"
 STRUCK = "the fault struck at"
+_LAST_WORDS = 3.0  # seconds that a worker gets at the deadline to write its stacks
 
 # Where a fault can be put: a name for each, and the function that stands there.
 POINTS = {
@@ -155,10 +157,13 @@ class Run:
 
 
 def free_port() -> int:
-    r"""A port that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    r"""A port that nobody listens on, below those that systems hand out by themselves: another run may take many of these
+    before this one is used."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+    raise OSError("expected a free port, found none in a hundred")
 
 
 def run(
@@ -211,6 +216,11 @@ def run(
                 if rank not in ended and process.poll() is not None:
                     ended[rank] = (process.returncode, time.monotonic() - start)
             time.sleep(0.02)
+        for rank, process in enumerate(processes):
+            if rank not in ended and rank != stopped:
+                process.send_signal(signal.SIGABRT)  # so that it says where it stands
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LAST_WORDS)
     finally:
         for process in processes:
             end(process)

@@ -52,7 +52,7 @@ def test_the_swap_is_needed(tmp_path: Path) -> None:
     r"""The mutant of the test above: between two renames, there is no partition."""
     GraphData.from_pyg_data(directed_graph(seed=0)).partition_graph(tmp_path, 2, algorithm="random")
     done = run("replace", 1, Fault("kill", 0, "rename", 1, after=True), str(tmp_path), "1", "by two renames")
-    assert done.workers[0].code == -signal.SIGKILL, done
+    assert done.workers[0].code == -signal.SIGKILL, str(done)
     assert not (tmp_path / "random_2").exists()
 
 

@@ -23,9 +23,9 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         done = run("train", 2, None, "full", str(tmp_path), "3", "8", timeout=60.0, env={"MASTER_PORT": port})
-    assert all(worker.code not in (None, 0) for worker in done.workers), done
-    assert re.search(rf"SetupError: .*port {port} is in use", done.workers[0].text), done
-    assert f"no answer at 127.0.0.1:{port}" in done.workers[1].text or "SetupError" in done.workers[1].text, done
+    assert all(worker.code not in (None, 0) for worker in done.workers), str(done)
+    assert re.search(rf"SetupError: .*port {port} is in use", done.workers[0].text), str(done)
+    assert f"no answer at 127.0.0.1:{port}" in done.workers[1].text or "SetupError" in done.workers[1].text, str(done)
 
 
 @pytest.mark.timed("a run after two that were killed")
@@ -34,9 +34,9 @@ def test_a_run_after_one_that_was_killed_starts_clean(tmp_path: Path) -> None:
     env = {"MASTER_PORT": str(free_port())}
     for fault in (Fault("kill", 0, "rename", 1), Fault("kill", 0, "route.apply", 3)):
         fallen = run("train", 2, fault, "full", str(tmp_path), "10", "10", timeout=60.0, env=env)
-        assert all(worker.code not in (None, 0) for worker in fallen.workers), fallen
+        assert all(worker.code not in (None, 0) for worker in fallen.workers), str(fallen)
     done = run("train", 2, None, "full", str(tmp_path), "10", timeout=60.0, env=env)
-    assert [worker.code for worker in done.workers] == [0, 0], done
+    assert [worker.code for worker in done.workers] == [0, 0], str(done)
 
 
 def children_of(processes: list[subprocess.Popen]) -> list[psutil.Process]:
@@ -56,7 +56,7 @@ def test_ctrl_c_leaves_nothing(number: int, tmp_path: Path) -> None:
             process.send_signal(number)
 
     done = run("train", 2, None, "batches", str(tmp_path), "1000000", timeout=60.0, meanwhile=interrupt)
-    assert all(worker.code not in (None, 0) for worker in done.workers), done
+    assert all(worker.code not in (None, 0) for worker in done.workers), str(done)
     assert all("step " in worker.text for worker in done.workers), "it was in the midst of training"
     assert not [process for process in seen if process.is_running()]
     after = {path.name for path in Path("/tmp").glob("partpar-*")} | {path.name for path in Path("/dev/shm").iterdir()}

@@ -91,14 +91,14 @@ def test_training_goes_on(how: str, garbage: bool, tmp_path: Path) -> None:
     strangers = Strangers(garbage)
     done = train_among(strangers, how, tmp_path, 5 if how == "batches" else 3)  # two workers' gloo and RPC, and the store
     assert [worker.code for worker in done.workers] == [0, 0], f"strangers called at {strangers.calls}\n{done}"
-    assert all(worker.last_line == "ended well" for worker in done.workers), done
+    assert all(worker.last_line == "ended well" for worker in done.workers), str(done)
 
 
 @pytest.mark.timed("garbage at the port of RPC, until all have ended")
 def test_garbage_at_the_port_of_rpc_ends_the_run_at_worst(tmp_path: Path) -> None:
     r"""torch reads a length there and makes room for it. The worker may be ended by that, but nobody hangs."""
     done = train_among(Strangers(garbage=True), "batches", tmp_path, 5)
-    assert None not in [worker.code for worker in done.workers], done
+    assert None not in [worker.code for worker in done.workers], str(done)
 
 
 def test_nothing_listens_beyond_this_machine(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_nothing_listens_beyond_this_machine(tmp_path: Path) -> None:
         threading.Thread(target=look, daemon=True).start()
 
     done = run("train", 2, None, "batches", str(tmp_path), "300", timeout=120.0, meanwhile=watch)
-    assert [worker.code for worker in done.workers] == [0, 0], done
+    assert [worker.code for worker in done.workers] == [0, 0], str(done)
     assert len(seen) >= 5
     assert {ip for ip, _ in seen} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 

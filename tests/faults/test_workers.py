@@ -39,38 +39,38 @@ def test_a_worker_that_falls_takes_all_with_it(
 ) -> None:
     done = run("train", 3, Fault(what, 1, point, call), how, str(tmp_path), "100000", timeout=90.0)
     all_ended(done)
-    assert done.seconds_after < SECONDS, done
+    assert done.seconds_after < SECONDS, str(done)
     measured(KINDS[what], done.seconds_after)
     fallen, *others = done.workers[1], done.workers[0], done.workers[2]
     if point != "answer" or what != "raise":  # which is told to who asked, and that may be rank 0 or 2
         expected = {"kill": "", "segv": "Segmentation fault", "raise": f"ZeroDivisionError: {BOOM}"}[what]
-        assert expected in fallen.text, done
+        assert expected in fallen.text, str(done)
     cause = {"kill": "is gone", "segv": "is gone", "raise": "ZeroDivisionError"}[what]
     told = [w.text for w in others if re.search(r"(rank|part) 1\b", w.text) and cause in w.text]
     assert told, f"nobody names rank 1 and what befell it:\n{done}"
     for other in others:
-        assert re.search(r"(RankLost|PeerLost|Remote)Error: .*(rank|part) \d", other.text), done
+        assert re.search(r"(RankLost|PeerLost|Remote)Error: .*(rank|part) \d", other.text), str(done)
 
 
 @pytest.mark.parametrize("what", ["kill", "segv", "raise"])
 def test_a_worker_that_falls_while_a_checkpoint_is_written(what: str, tmp_path: Path, measured: Measured) -> None:
     done = run("train", 3, Fault(what, 1, "checkpoint", 3), "saves", str(tmp_path), "100000", timeout=90.0)
     all_ended(done)
-    assert done.seconds_after < SECONDS, done
+    assert done.seconds_after < SECONDS, str(done)
     measured(KINDS[what], done.seconds_after)
     told = rf"CheckpointWriteError: the checkpoint of step 3 was not written: rank 1: ZeroDivisionError: {BOOM}"
     if what != "raise":
         told = r"RankLostError: rank \d awaited others for [\d.]+ s in the checkpoint of step 3: rank 1 \(process \d+\) is gone"
     for other in (done.workers[0], done.workers[2]):
-        assert re.search(told, other.text), done
+        assert re.search(told, other.text), str(done)
 
 
 def test_the_fall_of_who_keeps_the_store(tmp_path: Path) -> None:
     done = run("train", 3, Fault("kill", 0, "route.apply", 7), "full", str(tmp_path), "100000", timeout=90.0)
     all_ended(done)
-    assert done.seconds_after < SECONDS, done
+    assert done.seconds_after < SECONDS, str(done)
     for other in done.workers[1:]:
-        assert re.search(r"RankLostError: .*rank 0 \(process \d+\) is gone", other.text), done
+        assert re.search(r"RankLostError: .*rank 0 \(process \d+\) is gone", other.text), str(done)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_a_worker_that_stops_is_named_after_the_timeout(
     timeout = 4
     done = run("train", 3, Fault("stop", rank, point, call), how, str(tmp_path), "100000", str(timeout), timeout=90.0)
     all_ended(done, but=rank)
-    assert timeout <= done.seconds_after < SECONDS, done
+    assert timeout <= done.seconds_after < SECONDS, str(done)
     measured(f"SIGSTOP, with a timeout of {timeout} s", done.seconds_after)
     assert done.workers[rank].code is None, "it was stopped, not ended"
     for other in (w for r, w in enumerate(done.workers) if r != rank):
-        assert re.search(rf"(RankLost|PeerLost)Error: .*(rank|part) {rank}\b", other.text), done
-    assert any(f"rank {rank} (process " in w.text and "is stopped" in w.text for w in done.workers), done
+        assert re.search(rf"(RankLost|PeerLost)Error: .*(rank|part) {rank}\b", other.text), str(done)
+    assert any(f"rank {rank} (process " in w.text and "is stopped" in w.text for w in done.workers), str(done)
 
 
 def test_without_a_fault_all_ends_well(tmp_path: Path) -> None:
     r"""So that the tests above see the fault, and not a script that never worked."""
     for how in ("full", "batches", "tensor"):
         done = run("train", 3, None, how, str(tmp_path / how), "20", timeout=90.0)
-        assert [w.code for w in done.workers] == [0, 0, 0], done
+        assert [w.code for w in done.workers] == [0, 0, 0], str(done)
         assert all(w.last_line == "ended well" for w in done.workers)
