@@ -1,12 +1,8 @@
-r"""Batches of loaders: what they hold, whose seeds they are, and that nothing but seed, epoch, number and seeds decides
-them."""
+r"""Nothing but seed, epoch, number and seeds decides a batch; all neighbours are the neighbourhood; and training on batches
+learns by two workers as by one."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +13,20 @@ import torch_geometric.nn as pyg
 import torch_geometric.transforms as T
 from gang import Gang, Worker, launch
 from graphs import directed_graph, npz_path
+from loader_cases import SEEDS, check_rows, may_have_children, open_share, parts, same
 from partpar.models import GraphSAGE
-from parts import typed_graph
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.utils import k_hop_subgraph
 
-from partpar import GraphData, datasets, models, training
-from partpar.errors import SamplingError, StaleIteratorError
-from partpar.sampling import DistLinkNeighborLoader, DistNeighborLoader, blocks
-from partpar.sampling.inputs import Steps, share_out
-from partpar.serving import agent
+from partpar import GraphData, datasets, training
+from partpar.sampling import DistNeighborLoader, blocks
 
-SEEDS = torch.tensor([7, 0, 44, 50, 21, 3, 58, 12, 33, 9, 51, 54])  # among them sinks, sources and isolated nodes
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    r"""The odd graph in 1 to 4 parts, and in two of which one is empty."""
-    root = tmp_path_factory.mktemp("loader")
-    graph = GraphData.from_pyg_data(directed_graph())
-    for num_parts in (1, 2, 3, 4):
-        graph.partition_graph(root, num_parts, algorithm="random")
-    empty = {"assignment": torch.zeros(60, dtype=torch.int64)}
-    graph.partition_graph(root / "empty", 2, algorithm="given", partition_kwargs=empty)
-    return str(root)
-
-
-def open_share(worker: Worker, root: str, algorithm: str = "random") -> GraphData:
-    return GraphData.load_partition(root, worker.rank, worker.world_size, algorithm)
-
-
-def columns(batch: Data) -> dict[str, Tensor]:
-    r"""All that a batch holds, by name."""
-    return {name: value for name, value in batch.to_dict().items() if isinstance(value, Tensor)}
-
-
-def same(one: Data, other: Data) -> None:
-    a, b = columns(one), columns(other)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
-    for name in ("num_sampled_nodes", "num_sampled_edges", "batch_size"):
-        assert one.get(name) == other.get(name)
-
-
-def check_rows(batch: Data, data: Data) -> None:
-    r"""Every row in a batch is the one that belongs to its node or edge."""
-    assert torch.equal(batch.n_id[batch.edge_index], data.edge_index[:, batch.e_id])
-    for name in ("x", "y", "train_mask"):
-        assert torch.equal(batch[name], data[name][batch.n_id])
-    for name in ("edge_attr", "edge_weight"):
-        assert torch.equal(batch[name], data[name][batch.e_id])
+assert parts  # the fixture
 
 
 # --- the same batches -----------------------------------------------------------------------------------------------
-
-
-def may_have_children() -> None:
-    r"""Workers of the gang are daemons, which the standard library lets have no children; users' workers are none."""
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
 def batches_case(worker: Worker, root: str, options: dict[str, Any]) -> list[Data]:
@@ -104,15 +53,13 @@ def test_batches_do_not_depend_on_parts_or_threads(gang: Gang, parts: str) -> No
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_batches_do_not_depend_on_processes(parts: str, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "persistent"), [(2, True), (3, False)])
+def test_batches_do_not_depend_on_processes(parts: str, world_size: int, persistent: bool) -> None:
     data = directed_graph()
     expected = list(_second_epoch(DistNeighborLoader(data, [3, 2], SEEDS, batch_size=5, shuffle=True, seed=5)))
-    for persistent in (False, True):
-        options = {"num_workers": 2, "persistent_workers": persistent}
-        for made in launch(batches_case, world_size, parts, options):
-            for one, other in zip(made, expected, strict=True):
-                same(one, other)
+    for made in launch(batches_case, world_size, parts, {"num_workers": 2, "persistent_workers": persistent}):
+        for one, other in zip(made, expected, strict=True):
+            same(one, other)
 
 
 def _second_epoch(loader: DistNeighborLoader) -> Any:
@@ -200,9 +147,6 @@ def cora_case(worker: Worker, root: str, weights: dict[str, Tensor]) -> list[tup
         return [(b.n_id[: b.batch_size], model(b.x, blocks(b)).detach()) for b in loader]
 
 
-# --- what a batch holds ---------------------------------------------------------------------------------------------
-
-
 def dblp_graph() -> HeteroData:
     r"""Authors, papers, terms and venues with edges both ways, few columns and none of its labels."""
     data = T.ToUndirected()(datasets.from_npz(npz_path("dblp_hetero")))
@@ -243,383 +187,6 @@ def test_dblp_in_full_neighbourhoods(gang: Gang, tmp_path: Path, world_size: int
             assert (out - expected[seeds]).abs().max() < 1e-10
             seen += seeds.tolist()
     assert sorted(seen) == list(range(expected.size(0)))
-
-
-def test_blocks_train_as_whole_batches_do() -> None:
-    data = directed_graph()
-    batch = next(iter(DistNeighborLoader(data, [4, 3], batch_size=20)))
-    for name in ("GraphSAGE", "GIN", "GAT"):
-        torch.manual_seed(1)
-        theirs = getattr(pyg, name)(8, 6, 2, 4).double()
-        ours = getattr(models, name)(8, 6, 2, 4).double()
-        ours.load_state_dict(theirs.state_dict(), strict=False)
-        for model, edges in ((theirs, batch.edge_index), (ours, blocks(batch))):
-            F.cross_entropy(model(batch.x, edges)[: batch.batch_size], batch.y[: batch.batch_size]).backward()
-        for (key, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-            assert (a.grad - b.grad).abs().max() < 1e-10, key
-    with pytest.raises(SamplingError, match="as many hops as layers"):
-        blocks(batch, 3)
-    with pytest.raises(ValueError, match="a block for each of 3 layers"):
-        GraphSAGE(8, 6, 3, 4).double()(batch.x, blocks(batch))
-
-
-def test_blocks_shrink() -> None:
-    batch = next(iter(DistNeighborLoader(directed_graph(), [4, 3], batch_size=10)))
-    first, last = blocks(batch)
-    assert (first.num_src, last.num_dst) == (batch.num_nodes, 10)
-    assert first.num_dst == last.num_src < first.num_src
-    assert last.num_edges < first.num_edges == batch.edge_index.size(1)
-
-
-def _hetero() -> HeteroData:
-    data = typed_graph()
-    data["reader"].x = torch.empty(0, 3)  # a type without nodes
-    return data
-
-
-def hetero_case(worker: Worker, root: str) -> None:
-    data, share = _hetero(), open_share(worker, root)
-    with DistNeighborLoader(share, [2, 2], ("paper", None), batch_size=7) as loader:
-        for batch in loader:
-            assert batch["paper"].batch_size == batch["paper"].input_id.numel()
-            assert set(batch.node_types) == set(data.node_types)
-            assert set(batch.edge_types) == set(data.edge_types)
-            for t in data.node_types:
-                assert torch.equal(batch[t].x, data[t].x[batch[t].n_id])
-            for t in data.edge_types:
-                ends = [batch[end].n_id[batch[t].edge_index[i]] for i, end in ((0, t[0]), (1, t[2]))]
-                assert torch.equal(torch.stack(ends), data[t].edge_index[:, batch[t].e_id])
-                assert torch.equal(batch[t].weight, data[t].weight[batch[t].e_id])
-    kind = ("author", "writes", "paper")
-    links, times = data[kind].edge_index, data[kind].time
-    options = {"edge_label_time": times, "time_attr": "time", "neg_sampling": "binary", "batch_size": 9}
-    with DistLinkNeighborLoader(share, [3, 2], (kind, links), **options) as loader:
-        for batch in loader:
-            n = batch[kind].input_id.numel()
-            index = batch[kind].edge_label_index
-            found = torch.stack([batch[end].n_id[index[i]] for i, end in ((0, kind[0]), (1, kind[2]))])
-            assert torch.equal(found[:, :n], links[:, batch[kind].input_id])
-            assert batch[kind].edge_label.tolist() == [1.0] * n + [0.0] * n
-            limit = times[batch[kind].input_id]
-            for t in data.edge_types:
-                into = batch[t[2]].batch[batch[t].edge_index[1]]
-                assert bool((batch[t].time <= limit[into]).all()), "nothing later than its link"
-
-
-def test_types_attributes_and_times(gang: Gang, tmp_path: Path) -> None:
-    graph = GraphData.from_pyg_data(_hetero())
-    for world_size in (1, 3):
-        graph.partition_graph(tmp_path, world_size, algorithm="random")
-        gang.run(hetero_case, world_size, str(tmp_path))
-
-
-def test_links_and_their_negatives() -> None:
-    data = directed_graph()
-    loader = DistLinkNeighborLoader(data, [2], data.edge_index, data.y[:1].repeat(275), neg_sampling_ratio=1.0, batch_size=50)
-    for batch in loader:
-        n = batch.input_id.numel()
-        assert torch.equal(batch.n_id[batch.edge_label_index[:, :n]], data.edge_index[:, batch.input_id])
-        assert bool((batch.edge_label[:n] >= 1).all())
-        assert bool((batch.edge_label[n:] == 0).all())
-    triplets = DistLinkNeighborLoader(data, [2], neg_sampling={"mode": "triplet", "amount": 3}, batch_size=50)
-    for batch in triplets:
-        n = batch.input_id.numel()
-        ends = torch.stack([batch.n_id[batch.src_index], batch.n_id[batch.dst_pos_index]])
-        assert torch.equal(ends, data.edge_index[:, batch.input_id])
-        assert batch.dst_neg_index.shape == (n, 3)
-
-
-def test_transform_runs_where_it_is_told() -> None:
-    data, main = directed_graph(), threading.get_ident()
-    for here, per_worker in ((True, False), (False, True)):
-        names = []
-        loader = DistNeighborLoader(
-            data, [2], batch_size=20, transform=lambda b, n=names: n.append(threading.get_ident()) or b,
-            filter_per_worker=per_worker,
-        )  # fmt: skip
-        assert len(list(loader)) == len(names) == 3
-        assert all((name == main) == here for name in names)
-
-
-# --- seeds and steps ------------------------------------------------------------------------------------------------
-
-
-def test_steps_lose_no_seed_unless_asked() -> None:
-    counts = [10, 3, 0]
-    for rank, count in enumerate(counts):
-        split = Steps.agree(counts, rank, 4, False, "split")
-        assert split.steps == 3
-        seen = [i for k in range(3) for i in split.bounds(k)]
-        assert sorted(seen) == list(range(count))
-        assert Steps.agree(counts, rank, 4, True, "split").steps == 0
-        assert Steps.agree(counts, rank, 4, False, "stop").steps == 0
-    padded = Steps.agree([10, 3], 1, 4, False, "pad")
-    assert [[i % 3 for i in padded.bounds(k)] for k in range(3)] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
-    few = Steps.agree([12, 2], 1, 4, False, "split")
-    assert [len(few.bounds(k)) for k in range(3)] == [1, 1, 1]
-
-
-def test_common_seeds_are_shared_out_local_ones_first() -> None:
-    owners = torch.tensor([0] * 9 + [1] * 3)
-    ranks = share_out(owners, 2, 2)
-    assert torch.bincount(ranks).tolist() == [6, 6]
-    assert ranks[9:].tolist() == [1, 1, 1]
-    assert torch.bincount(share_out(owners, 2, 4)).tolist() == [3, 3, 3, 3]
-    assert share_out(owners[:0], 2, 4).numel() == 0
-
-
-def seeds_case(worker: Worker, root: str) -> list[list[int]]:
-    share, data = open_share(worker, root), directed_graph()
-    out = []
-    inputs: tuple[tuple[Any, dict[str, Any]], ...] = (
-        (data.train_mask, {}),
-        (data.train_mask.nonzero().flatten(), {"seeds": "shared"}),
-        (share.node()["train_mask"], {}),
-        (None, {}),
-    )
-    for given, more in inputs:
-        with DistNeighborLoader(share, [2], given, batch_size=8, shuffle=True, **more) as loader:
-            out.append(torch.cat([b.n_id[: b.batch_size] for b in loader]).tolist())
-    return out
-
-
-def test_masks_are_shared_out_and_every_seed_comes_once(gang: Gang, parts: str) -> None:
-    data = directed_graph()
-    train = data.train_mask.nonzero().flatten().tolist()
-    told = gang.run(seeds_case, 2, parts)
-    for k, expected in enumerate((train, train, train, list(range(60)))):
-        assert sorted(i for rank in told for i in rank[k]) == expected
-    assert abs(len(told[0][0]) - len(told[1][0])) <= 1
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    data = directed_graph()
-    for arguments, said in (
-        ({"input_nodes": data.x[:, 0]}, "integer ids or a bool mask"),
-        ({"input_nodes": torch.ones(7, dtype=torch.bool)}, "mask of all 60 nodes"),
-        ({"input_nodes": ("other", None)}, "expected a node type of"),
-        ({"input_nodes": torch.tensor([60])}, "60"),
-        ({"input_time": torch.arange(60)}, "expected time_attr as well"),
-        ({"uneven": "fair"}, "expected one of split, pad, stop"),
-        ({"batch_size": 0}, "at least 1"),
-        ({"attributes": ["z"]}, r"found \['z'\]"),
-        ({"seeds": "mine"}, "expected 'own'"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            DistNeighborLoader(data, [2], **arguments)
-    with pytest.raises(ValueError, match="expected time_attr as well"):
-        DistLinkNeighborLoader(data, [2], edge_label_time=torch.arange(275))
-    with pytest.raises(ValueError, match="expected a share"):
-        DistNeighborLoader("graph", [2])
-
-
-@pytest.mark.parametrize("given", [10, {("node", "to", "node"): 10}, "10"])
-def test_one_fan_out_is_no_list_of_them(given: Any) -> None:
-    with pytest.raises(SamplingError, match=r"a number for each hop, such as \[10, 5\], found '?10"):
-        DistNeighborLoader(directed_graph(), given)
-
-
-def wrong_seed_case(worker: Worker, root: str, link: bool) -> None:
-    share = open_share(worker, root)
-    seeds = torch.tensor([1, 70000 if worker.rank == 1 else 2])
-    try:
-        if link:
-            DistLinkNeighborLoader(share, [2], seeds.view(2, 1))
-        else:
-            DistNeighborLoader(share, [2], seeds)
-    finally:  # the service outlives the refusal: the next loader takes it, and ends it
-        with DistNeighborLoader(share, [2], batch_size=8) as loader:
-            assert len(list(loader)) == len(loader)
-        assert not agent.is_running()
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_a_wrong_seed_of_one_rank_raises_on_all(gang: Gang, parts: str, link: bool) -> None:
-    for outcome, kind in zip(gang.run_expecting_errors(wrong_seed_case, 2, parts, link, timeout=20), ("SamplingError", "IdError"), strict=True):
-        assert outcome is not None
-        assert outcome[0] == kind
-        assert "rank 1: expected raw ids of 'node', found 1 that no part has, the first 70000" in outcome[1]
-
-
-@pytest.mark.parametrize("concurrency", [0, 2])
-def test_an_iterator_that_another_replaced_says_so(concurrency: int) -> None:
-    loader = DistNeighborLoader(directed_graph(), [2], SEEDS, batch_size=4, concurrency=concurrency)
-    old = iter(loader)
-    next(old)
-    assert len(list(loader)) == 3
-    for _ in range(2):
-        with pytest.raises(StaleIteratorError, match="iterated anew.*epoch 0, of which 1 batches were read"):
-            next(old)
-    old = iter(loader)
-    assert len(list(old)) == len(list(loader)) == 3
-    assert list(old) == [], "one that was read to its end stays at it"
-    old = iter(loader)
-    next(old)
-    loader.close()
-    assert list(old) == []
-
-
-def ids_case(worker: Worker, root: str) -> None:
-    share = open_share(worker, root)
-    with DistNeighborLoader(share, [2], batch_size=8) as loader:
-        for batch in loader:
-            ids, low = loader.ids_of(batch.n_id), int(share.offsets("node")[worker.rank])
-            here = (ids >= low) & (ids < low + share.num_owned())
-            assert here[: batch.batch_size].all(), "seeds are a worker's own nodes"
-            assert torch.equal(share.node()["raw_ids"][ids[here] - low], batch.n_id[here])
-        with pytest.raises(ValueError, match="60"):
-            loader.ids_of(torch.tensor([60]))
-
-
-def test_ids_of_nodes_in_a_batch_are_found(gang: Gang, parts: str) -> None:
-    gang.run(ids_case, 2, parts)
-
-
-def unequal_case(worker: Worker, root: str) -> tuple[int, int]:
-    r"""Two loaders, used in turn under DDP, on ranks whose seeds are 20 and 5."""
-    share = open_share(worker, root)
-    own = share.node()["raw_ids"]
-    train = DistNeighborLoader(share, [2, 2], own[: 20 if worker.rank == 0 else 5], batch_size=4, shuffle=True)
-    test = DistNeighborLoader(share, [2, 2], own[:6], batch_size=1)
-    model = DistributedDataParallel(GraphSAGE(8, 4, 2, 4).double(), process_group=worker.group)
-    steps = [0, 0]
-    for _ in range(2):
-        for k, loader in enumerate((train, test)):
-            for batch in loader:
-                out = model(batch.x, blocks(batch))
-                F.cross_entropy(out, batch.y[: batch.batch_size]).backward()
-                steps[k] += 1
-    test.close()
-    train.close()
-    return steps[0], steps[1]
-
-
-def test_unequal_ranks_take_equal_steps(gang: Gang, parts: str) -> None:
-    assert gang.run(unequal_case, 2, parts) == [(10, 12), (10, 12)]
-
-
-# --- errors and ends ------------------------------------------------------------------------------------------------
-
-
-def _fail(batch: Data) -> Data:
-    if 3 in batch.input_id:
-        raise ArithmeticError("of the transform")
-    return batch
-
-
-@pytest.mark.parametrize("concurrency", [0, 2])
-def test_an_error_comes_where_its_batch_would(concurrency: int) -> None:
-    loader = DistNeighborLoader(
-        directed_graph(), [2], batch_size=1, transform=_fail, filter_per_worker=True, concurrency=concurrency
-    )
-    seen = 0
-    with pytest.raises(ArithmeticError, match="of the transform"):
-        for _ in loader:
-            seen += 1
-    assert seen == 3
-    assert _threads() == []
-
-
-def _threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("partpar-loader")]
-
-
-def _entries(folder: str) -> int:
-    return sum(1 for _ in Path(folder).iterdir())
-
-
-def test_dropped_loaders_leave_nothing() -> None:
-    data = directed_graph()
-
-    def half(count: int) -> None:
-        for _ in range(count):
-            for number, _ in enumerate(DistNeighborLoader(data, [2], batch_size=5, concurrency=2)):
-                if number == 3:
-                    break
-
-    half(2)
-    before = threading.active_count(), _entries("/proc/self/fd")
-    half(10)
-    assert (threading.active_count(), _entries("/proc/self/fd")) == before
-
-
-@pytest.mark.faults
-def test_fifty_loaders_with_processes_leave_nothing(parts: str) -> None:
-    launch(fifty_case, 2, parts, timeout=280)
-
-
-def fifty_case(worker: Worker, root: str) -> None:
-    import psutil
-
-    may_have_children()
-    share, me = open_share(worker, root), psutil.Process()
-
-    def count() -> tuple[int, int, int, int]:
-        return me.num_threads(), me.num_fds(), len(me.children(recursive=True)), _entries("/dev/shm")
-
-    def half(count: int, **options: Any) -> None:
-        for _ in range(count):
-            loader = DistNeighborLoader(share, [2], SEEDS, batch_size=2, **options)
-            iterator = iter(loader)
-            for _ in range(3):
-                next(iterator)
-            del iterator, loader
-
-    keep = DistNeighborLoader(share, [2], SEEDS, batch_size=2)  # so that the service stays
-    half(2, concurrency=2)
-    half(1, num_workers=1)
-    time.sleep(1)
-    before = count()
-    half(46, concurrency=2)
-    half(2, num_workers=1)
-    time.sleep(1)
-    after = count()
-    assert all(b <= a + 2 for a, b in zip(before[:3], after[:3], strict=True)), (before, after)
-    keep.close()
-
-
-@pytest.mark.faults
-def test_a_failing_part_raises_in_the_training_loop(parts: str) -> None:
-    start = time.monotonic()
-    outcomes = launch(failing_case, 2, parts, check=False, timeout=60)
-    assert time.monotonic() - start < 60
-    kind, message = outcomes[0].error
-    assert kind in ("RemoteError", "SamplingError")
-    assert "part 1" in message
-
-
-def failing_case(worker: Worker, root: str) -> None:
-    share = open_share(worker, root)
-    loader = DistNeighborLoader(share, [3, 3], None, batch_size=8)
-    if worker.rank == 1:
-        share.csc = None  # type: ignore[assignment, method-assign]
-        from partpar.serving import hop
-
-        hop._kept.clear()
-        time.sleep(5)
-        return
-    for _ in range(5):
-        list(loader)
-
-
-@pytest.mark.faults
-def test_a_dead_part_raises_in_the_training_loop(parts: str) -> None:
-    start = time.monotonic()
-    outcomes = launch(dying_case, 2, parts, check=False, timeout=60)
-    assert time.monotonic() - start < 60
-    kind, message = outcomes[0].error
-    assert kind == "PeerLostError"
-    assert "part 1" in message
-
-
-def dying_case(worker: Worker, root: str) -> None:
-    share = open_share(worker, root)
-    loader = DistNeighborLoader(share, [3, 3], None, batch_size=8)
-    list(loader)
-    if worker.rank == 1:
-        os._exit(3)
-    while True:
-        list(loader)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
