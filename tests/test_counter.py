@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from partpar.kernels import counter
+from partpar.kernels.bits import bits, shift
 
 N = 20_000
 
@@ -21,14 +22,14 @@ def test_torch_fallback_gives_the_same_bits(dtype: torch.dtype) -> None:
         [torch.arange(100), torch.randint(-(2**62), 2**62, (100,)), torch.tensor([2**63 - 1, -(2**63)])]
     )
     for words in [(0, 0, 0), (-5, 2**63, 9), (1 << 70, 3, 1 << 32)]:
-        bits = counter._bits(counter.key(*words), ids, 5)
+        drawn = bits(counter.key(*words), ids, 5)
         digits = counter._DIGITS[dtype]
-        expected = (counter._shift(bits, 64 - digits).double() * 2.0**-digits).to(dtype)
+        expected = (shift(drawn, 64 - digits).double() * 2.0**-digits).to(dtype)
         found = counter.uniform(*words, ids, 5, dtype)
         assert torch.equal(found, expected)
         assert found.min() >= 0 and found.max() < 1
         kept = counter.below(0.3, *words, ids, 5)
-        assert torch.equal(kept, counter._shift(bits, 11) < torch.tensor(0.3 * 2**53).double().ceil())
+        assert torch.equal(kept, shift(drawn, 11) < torch.tensor(0.3 * 2**53).double().ceil())
         assert torch.equal(kept, counter.uniform(*words, ids, 5, torch.float64) < 0.3)
 
 
@@ -78,11 +79,11 @@ def test_neighbours_are_not_correlated(bit: int) -> None:
 
 
 def test_every_bit_is_fair() -> None:
-    bits = counter._bits(counter.key(3, 1, 4), torch.arange(N), 4).flatten()
+    drawn = bits(counter.key(3, 1, 4), torch.arange(N), 4).flatten()
     ones = torch.stack(
-        [(counter._shift(bits, b) & 1).double().mean() for b in range(1, 64)] + [(bits & 1).double().mean()]
+        [(shift(drawn, b) & 1).double().mean() for b in range(1, 64)] + [(drawn & 1).double().mean()]
     )
-    assert (ones - 0.5).abs().max() < 5 * 0.5 / bits.numel() ** 0.5
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / drawn.numel() ** 0.5
 
 
 def test_pairs_get_ids_of_their_own() -> None:

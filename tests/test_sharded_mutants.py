@@ -56,37 +56,35 @@ def first_write_stays(patch: Patch) -> None:
     put = tensor.put_rows
 
     def mutant(table: Any, rows: Any, values: Any, at: Any) -> int:
-        return put(table, rows[::-1].copy(), values, at[::-1].copy())
+        return put(table, rows[::-1], values[::-1] if at is None else values[at[::-1]])
 
     patch.setattr(tensor, "put_rows", mutant)
 
 
 def average_duplicates(patch: Patch) -> None:
     r"""As DGL does."""
-    finish = gradients.Gradients.finish
-    patch.setattr(gradients.Gradients, "finish", lambda self, scale, mean: finish(self, scale, True))
+    sums = gradients.Gradients.sums
+    patch.setattr(gradients.Gradients, "sums", lambda self, some, out, scale, mean: sums(self, some, out, scale, True))
 
 
 def keep_one_duplicate(patch: Patch) -> None:
     add = gradients.Gradients.add
 
-    def mutant(self: Any, brought: Any) -> None:
+    def one_of_each(brought: Any) -> Any:
         _, first = np.unique(brought.rows, return_index=True)
-        add(self, swap.Brought(brought.rows[first], brought.values, brought.at[first]))
+        return swap.Brought(brought.rows[first], brought.values, first if brought.at is None else brought.at[first])
+
+    def mutant(self: Any, brought: Any) -> None:
+        add(self, [one_of_each(some) for some in brought])
 
     patch.setattr(gradients.Gradients, "add", mutant)
-
-
-def forget_no_slot(patch: Patch) -> None:
-    r"""Sums of the step before are taken for those of this one."""
-    patch.setattr(gradients, "forget_slots", lambda touched, num, slot_of: None)
 
 
 def keep_the_trace(patch: Patch) -> None:
     r"""Gradients are noted twice, as if the step before had not taken them."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.table.noted.extend([(ctx.ids, grad)] * 2)
+        ctx.table.noted.extend([(ctx.wanted, grad)] * 2)
         return None, None, None, None
 
     patch.setattr(embedding._Noted, "backward", staticmethod(backward))
@@ -95,10 +93,24 @@ def keep_the_trace(patch: Patch) -> None:
 def one_lookup_a_step(patch: Patch) -> None:
     bring = optim.SparseOptimizer._bring
 
-    def mutant(self: Any, tables: Any, sums: Any) -> Any:
+    def mutant(self: Any, tables: Any) -> Any:
         for table in tables:
             del table.noted[1:]
-        return bring(self, tables, sums)
+        return bring(self, tables)
+
+    patch.setattr(optim.SparseOptimizer, "_bring", mutant)
+
+
+def take_gradients_again(patch: Patch) -> None:
+    r"""What a step took is there still when the next one comes."""
+    bring = optim.SparseOptimizer._bring
+
+    def mutant(self: Any, tables: Any) -> Any:
+        noted = [list(table.noted) for table in tables]
+        found = bring(self, tables)
+        for table, some in zip(tables, noted, strict=True):
+            table.noted.extend(some)
+        return found
 
     patch.setattr(optim.SparseOptimizer, "_bring", mutant)
 
@@ -107,9 +119,9 @@ def count_no_steps(patch: Patch) -> None:
     r"""Adam's bias is always corrected as in the first step."""
     update = optim.SparseAdam._update
 
-    def mutant(self: Any, i: int, gradient: Any) -> None:
+    def mutant(self: Any, i: int, found: Any) -> None:
         self.state[i]["step"].fill_(1)
-        update(self, i, gradient)
+        update(self, i, found)
 
     patch.setattr(optim.SparseAdam, "_update", mutant)
 
@@ -127,8 +139,8 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (first_write_stays, "SGD"),
     (average_duplicates, "Adam"),
     (keep_one_duplicate, "Adagrad"),
-    (forget_no_slot, "SGD"),
     (keep_the_trace, "SGD"),
+    (take_gradients_again, "SGD"),
     (one_lookup_a_step, "Adagrad"),
     (count_no_steps, "Adam"),
     (draw_by_local_row, "SGD"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from partpar.exchange import meter
 from partpar.sharded import DistEmbedding, SparseAdagrad, SparseAdam, Uniform
+from partpar.training import tune_allocator
 
 OPTIMISERS = {"adagrad": SparseAdagrad, "adam": SparseAdam}
 
@@ -88,6 +89,7 @@ def main() -> None:
     r"""Runs what the command line says and writes what it found."""
     case = json.loads(sys.argv[1])
     torch.set_num_threads(case["threads"])
+    tune_allocator()  # as partpar.init does for every worker
     rank = int(os.environ.get("RANK", "0"))
     if "MASTER_PORT" in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -3,7 +3,7 @@ r"""What is in a graph: frames over node and edge types, and the edges themselve
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from typing_extensions import Self
 from partpar.errors import GraphError
 from partpar.graph.frame import Frame
 from partpar.graph.structure import CSC, EdgeType, Part
-from partpar.kernels.adjacency import Adjacency
+
+if TYPE_CHECKING:
+    from partpar.kernels.adjacency import Adjacency
 
 _SIDES = ("dst", "src")
 
@@ -164,6 +166,9 @@ class TypedGraph:
     def adj(self, type: EdgeType | None = None) -> Adjacency:
         r"""The edges in the form that fast kernels read, with all that derives from it (the transpose, the split into
         owned and halo sources): made once and shared by all layers. Layers and models take it for ``edge_index``."""
+        # Here, for it loads the compiler: 130 MB that a program which reads no edges is spared.
+        from partpar.kernels.adjacency import Adjacency
+
         name = self._edge_type(type)
         if name not in self._adjacencies:
             piece = self._structure[name]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Weyl increment and multipliers of SplitMix64 (Stafford's variant 13 of MurmurHash3's finaliser).
-_WEYL, _MUL_1, _MUL_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_WORD = (1 << 64) - 1
-_U_WEYL, _U_MUL_1, _U_MUL_2 = np.uint64(_WEYL), np.uint64(_MUL_1), np.uint64(_MUL_2)
+from partpar.kernels.bits import MUL_1, MUL_2, WEYL, bits, key, shift, signed
+from partpar.kernels.bits import mix as mix_words
+
+_U_WEYL, _U_MUL_1, _U_MUL_2 = np.uint64(WEYL), np.uint64(MUL_1), np.uint64(MUL_2)
 _U_11, _U_27, _U_30, _U_31 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31)
 
 # Random bits that a dtype's [0, 1) can hold evenly spaced, without rounding up to 1.
@@ -67,17 +67,6 @@ def _fill_below(
             out[i, column] = (draw(row, np.uint64(column)) >> _U_11) < threshold
 
 
-def key(seed: int, step: int, layer: int) -> int:
-    r"""The 64-bit key of everything drawn for one layer at one step."""
-    state = _WEYL
-    for word in (seed, step, layer):
-        state = ((state ^ (word & _WORD)) + _WEYL) & _WORD
-        state = ((state ^ (state >> 30)) * _MUL_1) & _WORD
-        state = ((state ^ (state >> 27)) * _MUL_2) & _WORD
-        state ^= state >> 31
-    return state
-
-
 def uniform(
     seed: int, step: int, layer: int, ids: Tensor, num_columns: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -105,8 +94,8 @@ def uniform(
             0, ids.numel(), out.numpy(), ids.contiguous().numpy(), np.uint64(key(seed, step, layer)), digits
         )
         return out.to(dtype)
-    bits = _bits(key(seed, step, layer), ids, num_columns)
-    return (_shift(bits, 64 - digits).to(torch.float64) * 2.0**-digits).to(dtype)
+    drawn = bits(key(seed, step, layer), ids, num_columns)
+    return (shift(drawn, 64 - digits).to(torch.float64) * 2.0**-digits).to(dtype)
 
 
 def below(p: float, seed: int, step: int, layer: int, ids: Tensor, num_columns: int) -> Tensor:
@@ -135,7 +124,7 @@ def below(p: float, seed: int, step: int, layer: int, ids: Tensor, num_columns: 
             np.uint64(threshold),
         )
         return out
-    return _shift(_bits(key(seed, step, layer), ids, num_columns), 11) < threshold
+    return shift(bits(key(seed, step, layer), ids, num_columns), 11) < threshold
 
 
 def pair_ids(first: Tensor, second: Tensor) -> Tensor:
@@ -148,7 +137,7 @@ def pair_ids(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         ``[N]`` int64.
     """
-    return _torch_mix((_torch_mix(first + _signed(_WEYL)) ^ second) + _signed(_WEYL))
+    return mix_words((mix_words(first + signed(WEYL)) ^ second) + signed(WEYL))
 
 
 def _check(ids: Tensor, num_columns: int) -> None:
@@ -156,28 +145,3 @@ def _check(ids: Tensor, num_columns: int) -> None:
         raise ValueError(f"expected one-dimensional int64 ids, found {ids.dtype} of shape {tuple(ids.shape)}")
     if num_columns < 0:
         raise ValueError(f"expected a number of columns of at least 0, found {num_columns}")
-
-
-# --- the same in torch, whose int64 wraps around like uint64 ------------------------------------------------
-
-
-def _signed(word: int) -> int:
-    word &= _WORD
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _shift(words: Tensor, by: int) -> Tensor:
-    """Shifts zeros in from the left, where ``>>`` repeats the sign."""
-    return (words >> by) & ((1 << (64 - by)) - 1)
-
-
-def _torch_mix(words: Tensor) -> Tensor:
-    words = (words ^ _shift(words, 30)) * _signed(_MUL_1)
-    words = (words ^ _shift(words, 27)) * _signed(_MUL_2)
-    return words ^ _shift(words, 31)
-
-
-def _bits(state: int, ids: Tensor, num_columns: int) -> Tensor:
-    rows = _torch_mix((ids ^ _signed(state)) + _signed(_WEYL))
-    columns = (torch.arange(num_columns, device=ids.device) + 1) * _signed(_WEYL)
-    return _torch_mix(rows.unsqueeze(1) + columns)

@@ -1,5 +1,4 @@
-r"""Compiled loops over a table of rows that are named by id: who owns an id, fetching rows and putting them, and
-summing rows that carry the same id.
+r"""Compiled loops over a table of rows that are named by id: who owns an id, fetching rows and putting them.
 
 Rows are moved as words (see :func:`words`), so that one loop serves every dtype. All loops check the rows they are
 given and return the place of the first that is outside, or -1: they come from callers and from other workers.
@@ -108,52 +107,3 @@ def put_rows(table: np.ndarray, rows: np.ndarray, values: np.ndarray, at: np.nda
         for c in range(width):
             table[row, c] = values[place, c]
     return -1
-
-
-@njit(nogil=True, cache=True)
-def sum_by_row(
-    rows: np.ndarray,
-    values: np.ndarray,
-    at: np.ndarray,
-    slot_of: np.ndarray,
-    touched: np.ndarray,
-    sums: np.ndarray,
-    counts: np.ndarray,
-    num_touched: int,
-) -> int:
-    r"""Sums values that carry the same row, in the order given.
-
-    Args:
-        rows: ``[n]``.
-        values: ``[*, C]``.
-        at: ``[n]``, which value belongs to each row.
-        slot_of: int32 ``[num_rows]``, for each row its slot plus one, or 0; told of new slots.
-        touched: int32 ``[slots]``, the row of each slot.
-        sums: ``[slots, C]``.
-        counts: int32 ``[slots]``, how many values each sum has.
-        num_touched: Slots taken so far.
-
-    Returns:
-        Slots taken now, or ``-1 - i`` if row ``i`` is outside.
-    """
-    num, width = slot_of.shape[0], values.shape[1]
-    last = rows.shape[0] - 1
-    for i in range(rows.shape[0]):
-        prefetch(slot_of, np.int64(rows[min(i + AHEAD, last)]))
-        row, place = rows[i], at[i]
-        if row < 0 or row >= num:
-            return -1 - i
-        slot = slot_of[row] - 1
-        if slot < 0:
-            slot = num_touched
-            num_touched += 1
-            slot_of[row] = num_touched
-            touched[slot] = row
-            counts[slot] = 1
-            for c in range(width):
-                sums[slot, c] = values[place, c]
-        else:
-            counts[slot] += 1
-            for c in range(width):
-                sums[slot, c] += values[place, c]
-    return num_touched

@@ -16,6 +16,7 @@ from partpar.sharded.checkpoint import ShardedRows, copy_rows
 from partpar.sharded.initializers import InitFunc
 from partpar.sharded.policy import PartPolicy
 from partpar.sharded.tensor import DistTensor, check_ids
+from partpar.sharded.wanted import Wanted
 
 
 class DistEmbedding(torch.nn.Module):
@@ -67,7 +68,7 @@ class DistEmbedding(torch.nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight = DistTensor((num_embeddings, embedding_dim), dtype, name, init_func, part_policy, group=group)
         self.learns = False  # whether an optimiser takes what is noted
-        self.noted: list[tuple[Tensor, Tensor]] = []  # ids and gradient of each backward pass since the last step
+        self.noted: list[tuple[Wanted, Tensor]] = []  # rows and gradient of each backward pass since the last step
 
     @property
     def name(self) -> str:
@@ -132,11 +133,11 @@ def lookup(ids_of: Mapping[DistEmbedding, Tensor]) -> dict[DistEmbedding, Tensor
             checked.append(ids)
             error = error or wrong
         way = swap.pull("lookup", [t.weight.shard for t in some], checked, some[0].weight.group, error)
-        for table, ids, rows in zip(some, checked, way.wait(), strict=True):
+        for table, wanted, rows in zip(some, way.wanted, way.wait(), strict=True):
             given = ids_of[table]
             rows = rows.to(given.device) if isinstance(given, Tensor) else rows
             if torch.is_grad_enabled():
-                rows = _Noted.apply(torch.empty(0, requires_grad=True), [rows], ids, table)
+                rows = _Noted.apply(torch.empty(0, requires_grad=True), [rows], wanted, table)
             found[table] = rows
     return found
 
@@ -145,12 +146,12 @@ class _Noted(torch.autograd.Function):
     """Rows that came from a table; their gradient is noted there."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: list[Tensor], ids: Tensor, table: DistEmbedding) -> Tensor:
-        ctx.ids, ctx.table = ids, table
+    def forward(ctx: Any, anchor: Tensor, rows: list[Tensor], wanted: Wanted, table: DistEmbedding) -> Tensor:
+        ctx.wanted, ctx.table = wanted, table
         return rows.pop()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         if ctx.table.learns:
-            ctx.table.noted.append((ctx.ids, grad.detach()))
+            ctx.table.noted.append((ctx.wanted, grad.detach()))
         return None, None, None, None

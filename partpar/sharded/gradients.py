@@ -2,61 +2,71 @@ r"""Summing the gradients of one step at the owner of their rows."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from partpar.kernels.sparse_update import forget_slots, scale_sums
-from partpar.kernels.table import sum_by_row
+import numpy as np
+import torch
+from torch import Tensor
+
+from partpar.kernels.whole_rows import fetch_rows, first_outside, whole
 from partpar.sharded.shard import Shard
 from partpar.sharded.swap import Brought
+from partpar.sharded.wire import give, take
 
 
 class Gradients:
-    r"""Sums for the rows that were touched; buffers are kept from step to step.
+    r"""Sums for the rows that a step touches.
 
     Args:
         shard: The rows that gradients are for.
     """
 
     def __init__(self, shard: Shard) -> None:
-        self._name = shard.name
-        self._slot_of = np.zeros(len(shard.rows), np.int32)
-        self._sums = np.empty((0, shard.rows.size(1)), shard.rows.numpy().dtype)
-        self._touched = self._counts = np.empty(0, np.int32)
-        self.num_touched = 0
+        self._shard = shard
+        self.touched = np.empty(0, np.int64)  #: ``[n]``, rows that have gradients, each once
+        self._values = shard.rows[:0]
+        self._buffers: list[Tensor] = []
+        # For each row touched the place of its sum among the values, and how many gradients that is of.
+        self._at = self._counts = self.touched
 
-    @property
-    def touched(self) -> np.ndarray:
-        r"""``[num_touched]``, the rows in the order of their first gradient."""
-        return self._touched[: self.num_touched]
-
-    @property
-    def sums(self) -> np.ndarray:
-        r"""``[num_touched, C]``"""
-        return self._sums[: self.num_touched]
-
-    def add(self, brought: Brought) -> None:
+    def add(self, brought: Sequence[Brought]) -> None:
         r"""Adds gradients, one after the other."""
-        room = self.num_touched + len(brought.rows)
-        if len(self._sums) < room:
-            room = max(room, len(self._sums) * 3 // 2)
-            for name in ("_sums", "_touched", "_counts"):
-                old = getattr(self, name)
-                new = np.empty((room, *old.shape[1:]), old.dtype)
-                new[: self.num_touched] = old[: self.num_touched]
-                setattr(self, name, new)
-        self.num_touched = sum_by_row(
-            brought.rows, brought.values, brought.at, self._slot_of, self._touched, self._sums, self._counts,
-            self.num_touched,
-        )  # fmt: skip
-        assert self.num_touched >= 0, f"{self._name}: a rank named a row that is not here"
+        before, rows = len(self.touched), np.concatenate([self.touched, *(some.rows for some in brought)])
+        assert first_outside(rows, len(self._shard.rows)) < 0, f"{self._shard.name}: a rank named a row that is not here"
+        buffer = take(len(rows) * self._shard.row_bytes)
+        values = buffer.view(self._shard.rows.dtype).view(len(rows), self._shard.rows.size(1))
+        # Sorted by row, and for each row by place: its first value comes to hold its sum.
+        bits = len(rows).bit_length()
+        keys = np.sort(rows.astype(np.int64) << bits | np.arange(len(rows)))
+        rows, at = keys >> bits, keys & (1 << bits) - 1
+        counts = np.concatenate([self._counts, np.ones(len(rows) - before, np.int64)])
+        new = np.diff(rows, prepend=-1) != 0
 
-    def finish(self, scale: float, mean: bool) -> None:
-        r"""Scales the sums; for a mean, each is divided by how many gradients it has."""
-        if mean or scale != 1.0:
-            factor = self._sums.dtype.type(scale)
-            scale_sums(0, self.num_touched, self._sums, self._counts, mean, factor)
+        into, ends = whole(values), before + np.cumsum([len(some.rows) for some in brought])
+        fetch_rows(whole(self._values), self._at, into[:before])
+        for some, end in sorted(zip(brought, ends.tolist(), strict=True), key=lambda pair: pair[0].flight is not None):
+            some.copy(into[end - len(some.rows) : end])  # those that are here already go first
+        self.done()
 
-    def forget(self) -> None:
-        r"""Makes ready for the next step."""
-        forget_slots(self._touched, self.num_touched, self._slot_of)
-        self.num_touched = 0
+        firsts, others = at[new], at[~new]
+        if len(others):
+            sums = firsts[np.cumsum(new)[~new] - 1]
+            values.index_add_(0, torch.from_numpy(sums), values[torch.from_numpy(others)])  # one after the other
+            np.add.at(counts, sums, counts[others])
+        self.touched, self._at, self._counts = rows[new], firsts, counts[firsts]
+        self._values = values
+        self._buffers.append(buffer)
+
+    def sums(self, some: slice, out: Tensor, scale: float, mean: bool) -> None:
+        r"""Writes to :obj:`out` ``[n, C]`` the sums of some of the rows touched, scaled; for a mean, each is divided by how
+        many gradients it has."""
+        torch.index_select(self._values, 0, torch.from_numpy(self._at[some]), out=out)
+        if mean:
+            out *= torch.from_numpy(scale / self._counts[some]).to(out.dtype).unsqueeze(1)
+        elif scale != 1.0:
+            out *= scale
+
+    def done(self) -> None:
+        r"""Sums are not needed any more."""
+        while self._buffers:
+            give(self._buffers.pop())

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from partpar.errors import RouteError
-from partpar.kernels import counter
+from partpar.kernels.bits import key
 from partpar.kernels.initial import fill_normal, fill_uniform
 
 _CHUNK = 1 << 16  # rows whose ids are made at a time
@@ -144,8 +143,4 @@ def initialise(rows: Tensor, first_id: int, init_func: InitFunc | None, seed: in
 def _draw(fill: Callable[..., None], rows: Tensor, ids: Tensor, seed: int, a: float, b: float) -> None:
     if not rows.dtype.is_floating_point:
         raise RouteError(f"init_func: expected a floating dtype for random rows, found {rows.dtype}")
-    flat, key = rows.view(rows.size(0), rows.shape[1:].numel()), np.uint64(counter.key(seed, 0, 0))
-    wide = flat if rows.dtype in (torch.float32, torch.float64) else torch.empty(flat.shape, dtype=torch.float32)
-    fill(wide.numpy(), ids.contiguous().numpy(), key, a, b)
-    if wide is not flat:
-        flat.copy_(wide)
+    fill(rows.view(rows.size(0), rows.shape[1:].numel()), ids, key(seed, 0, 0), a, b)

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from partpar import exchange
 from partpar.errors import IdError, RouteError
-from partpar.kernels.table import fetch_rows, put_rows, words
+from partpar.kernels.whole_rows import fetch_rows, put_rows, whole
 from partpar.serving import agent
 from partpar.serving.remote import RpcTransport
 from partpar.serving.transport import InFlight, InProcessTransport, Tensors, Transport, Values, Verbs
@@ -45,7 +45,7 @@ def register(verbs: Verbs, group: ProcessGroup | None = None) -> None:
     def gather(tensors: Tensors, values: Values) -> Tensors:
         shard, rows = find(values), _row_numbers(tensors)
         out = torch.empty((len(rows), *shard.rows.shape[1:]), dtype=shard.rows.dtype)
-        _refuse(shard, rows, fetch_rows(shard.words, rows, words(out), np.arange(len(rows))))
+        _refuse(shard, rows, fetch_rows(shard.whole, rows, whole(out)))
         return {"rows": out}
 
     def scatter(tensors: Tensors, values: Values) -> Tensors:
@@ -53,9 +53,7 @@ def register(verbs: Verbs, group: ProcessGroup | None = None) -> None:
         given, error = check_rows(shard, tensors["ids"], tensors.get("rows"))
         if error is not None:
             raise error
-        outside = (rows < 0) | (rows >= len(shard.rows))  # before anything is written
-        _refuse(shard, rows, int(outside.argmax()) if outside.any() else -1)
-        put_rows(shard.words, rows, words(given), np.arange(len(rows)))
+        _refuse(shard, rows, put_rows(shard.whole, rows, whole(given)))
         return {}
 
     verbs.register(GATHER, gather)
@@ -191,7 +189,7 @@ class OneSided:
         wanted = want(shard, checked)
         asked = self._ask(SCATTER, wanted, {"rows": values})
         own = wanted.block(shard.rank)
-        put_rows(shard.words, wanted.local[own], words(values), wanted.order[own])
+        put_rows(shard.whole, wanted.local[own], whole(values), wanted.order[own])
         for answer in asked.values():
             answer.wait()
 
@@ -221,7 +219,7 @@ class RowsAskedFor:
         shard, wanted = self._shard, self._wanted
         out = torch.empty((len(wanted.order), *shard.rows.shape[1:]), dtype=shard.rows.dtype)
         own = wanted.block(shard.rank)
-        fetch_rows(shard.words, wanted.local[own], words(out), wanted.order[own])
+        fetch_rows(shard.whole, wanted.local[own], whole(out), wanted.order[own])
         for part, answer in self._asked.items():
             out[torch.from_numpy(wanted.order[wanted.block(part)])] = answer.wait()["rows"]
         return out

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from partpar.errors import RouteError
-from partpar.kernels.sparse_update import adagrad_rows, adam_rows, sgd_rows
-from partpar.kernels.threads import for_rows
+from partpar.kernels.whole_rows import whole
 from partpar.sharded import swap
 from partpar.sharded.checkpoint import ShardedRows, copy_rows
 from partpar.sharded.embedding import DistEmbedding
 from partpar.sharded.gradients import Gradients
+from partpar.sharded.wanted import nothing
 
 REDUCTIONS = ("sum", "mean")
+_SOME_BYTES = 1 << 17  # of rows that are updated at a time: they stay in the cache of a core
 
 
 class SparseOptimizer(ABC):
@@ -65,7 +66,6 @@ class SparseOptimizer(ABC):
         ]
         for table in self.params:
             table.learns = True
-        self._gradients = [Gradients(table.weight.shard) for table in self.params]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         r"""Forgets the gradients noted since the last step."""
@@ -80,50 +80,58 @@ class SparseOptimizer(ABC):
         """
         for start in range(0, len(self.params), swap.MOST_TENSORS):
             some = slice(start, start + swap.MOST_TENSORS)
-            reached = self._bring(self.params[some], self._gradients[some])
-            for i, touched in zip(range(start, len(self.params)), reached, strict=False):
-                if touched:
+            for i, gradients in enumerate(self._bring(self.params[some]), start):
+                if gradients is not None:
                     self.state[i]["step"] += 1
-                    self._gradients[i].finish(self.scale_grad, self.reduction == "mean")
-                    self._update(i, self._gradients[i])
-                    self._gradients[i].forget()
+                    self._update(i, gradients)
+                    gradients.done()
 
-    def _bring(self, tables: Sequence[DistEmbedding], gradients: Sequence[Gradients]) -> list[bool]:
-        """Sums the tables' gradients at their owners; whether any rank had one for each."""
+    def _bring(self, tables: Sequence[DistEmbedding]) -> list[Gradients | None]:
+        """Sums the tables' gradients at their owners; :obj:`None` for a table that no rank had one for."""
         group, shards = tables[0].weight.group, [table.weight.shard for table in tables]
+        found = [Gradients(shard) for shard in shards]
         here, more, reached = 1, 1 << len(tables), np.int64(0)
         while True:  # a round for each lookup since the last step: the ranks' first ones, the second ones, ...
-            ids, values, flags = [], [], 0
+            wanted, values, flags = [], [], 0
             for i, table in enumerate(tables):
                 if table.noted:
                     of, grad = table.noted.pop(0)
                     flags |= here << i | (more if table.noted else 0)
-                    grad = grad.to("cpu", table.weight.dtype).contiguous()
-                    ids.append(of)
-                    values.append(grad.clone() if grad.data_ptr() % 8 else grad)
+                    wanted.append(of)
+                    values.append(grad.to("cpu", table.weight.dtype).contiguous())
                 else:
-                    ids.append(torch.empty(0, dtype=torch.int64))
+                    wanted.append(nothing(table.weight.shard))
                     values.append(table.weight.local_rows[:0])
-            arrived = swap.push("step", shards, ids, values, group, flags=flags, numbers=True)
-            for i, gradient in enumerate(gradients):
-                for brought in arrived.of(i):
-                    gradient.add(brought)
+            arrived = swap.push("step", shards, wanted, values, group, flags=flags)
+            for i, gradients in enumerate(found):
+                gradients.add(list(arrived.of(i)))
             arrived.done()
             reached |= np.bitwise_or.reduce(arrived.flags)
             if not int(np.bitwise_or.reduce(arrived.flags)) & more:
-                return [bool(int(reached) >> i & 1) for i in range(len(tables))]
+                return [gradients if int(reached) >> i & 1 else None for i, gradients in enumerate(found)]
+
+    def _update(self, i: int, gradients: Gradients) -> None:
+        """Updates the rows of table ``i`` that have a gradient: copies of some at a time, which are written back."""
+        shard, state = self.params[i].weight.shard, self.state[i]
+        tables = [shard.rows, *(state[key] for key in self._state_names)]
+        # All of a room is computed, rows of nobody too: ends that no vector register fills may be rounded otherwise.
+        size = (max(1, _SOME_BYTES // shard.row_bytes // 64) * 64, shard.rows.size(1))
+        rooms = [torch.zeros(size, dtype=shard.rows.dtype) for _ in range(1 + len(tables))]
+        into = [(whole(table), whole(room)) for table, room in zip(tables, rooms[1:], strict=True)]
+        for start in range(0, len(gradients.touched), size[0]):
+            some = slice(start, start + size[0])
+            touched = gradients.touched[some]
+            rows = torch.from_numpy(touched)
+            gradients.sums(some, rooms[0][: len(rows)], self.scale_grad, self.reduction == "mean")
+            for table, room in zip(tables, rooms[1:], strict=True):
+                torch.index_select(table, 0, rows, out=room[: len(rows)])
+            self._descend(rooms[0], state["step"], *rooms[1:])
+            for table, copy in into:
+                table[touched] = copy[: len(touched)]
 
     @abstractmethod
-    def _update(self, i: int, gradient: Gradients) -> None:
-        """Updates the rows of table ``i`` that have a gradient."""
-
-    def _run(self, body: Any, i: int, state: Sequence[str], gradient: Gradients, *numbers: float) -> None:
-        """Runs a compiled step over the rows touched; a row is one thread's work."""
-        weight = self.params[i].weight.local_rows.numpy()
-        arrays = [self.state[i][key].numpy() for key in state]
-        scalars = [weight.dtype.type(number) for number in numbers]
-        bounds = np.arange(gradient.num_touched + 1)
-        for_rows(body, bounds, weight.shape[1], (weight, *arrays, gradient.touched, gradient.sums, *scalars))
+    def _descend(self, grad: Tensor, step: Tensor, weight: Tensor, *state: Tensor) -> None:
+        """Updates rows ``[n, C]`` and their state in place, by torch's formulas."""
 
     # --- keeping ------------------------------------------------------------------------------------------------
 
@@ -166,8 +174,8 @@ class SparseSGD(SparseOptimizer):
         params, lr, scale_grad, reduction: See :class:`SparseOptimizer`.
     """
 
-    def _update(self, i: int, gradient: Gradients) -> None:
-        self._run(sgd_rows, i, (), gradient, self.lr)
+    def _descend(self, grad: Tensor, step: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+        weight.add_(grad, alpha=-self.lr)
 
 
 class SparseAdagrad(SparseOptimizer):
@@ -191,8 +199,11 @@ class SparseAdagrad(SparseOptimizer):
         super().__init__(params, lr, scale_grad, reduction)
         self.eps = eps
 
-    def _update(self, i: int, gradient: Gradients) -> None:
-        self._run(adagrad_rows, i, self._state_names, gradient, self.lr, self.eps)
+    def _descend(self, grad: Tensor, step: Tensor, weight: Tensor, squares: Tensor) -> None:  # type: ignore[override]
+        torch._fused_adagrad_(  # one pass over the rows, where the same in single operations takes six
+            [weight], [grad], [squares], [step.float()], lr=self.lr, lr_decay=0.0, weight_decay=0.0, eps=self.eps,
+            maximize=False,
+        )  # fmt: skip
 
 
 class SparseAdam(SparseOptimizer):
@@ -221,9 +232,12 @@ class SparseAdam(SparseOptimizer):
             raise RouteError(f"SparseAdam: expected betas from 0 to below 1, found {betas}")
         self.betas, self.eps = betas, eps
 
-    def _update(self, i: int, gradient: Gradients) -> None:
-        step = int(self.state[i]["step"])
-        first, second = (1.0 - beta**step for beta in self.betas)
-        size = self.lr * second**0.5 / first
-        keep = (1.0 - beta for beta in self.betas)
-        self._run(adam_rows, i, self._state_names, gradient, size, *keep, self.eps)
+    def _descend(  # type: ignore[override]
+        self, grad: Tensor, step: Tensor, weight: Tensor, mean: Tensor, squares: Tensor
+    ) -> None:
+        # Adam adds eps to the root once that is corrected, SparseAdam before.
+        eps = self.eps / (1.0 - self.betas[1] ** int(step)) ** 0.5
+        torch._fused_adam_(
+            [weight], [grad], [mean], [squares], [], [step.float()], lr=self.lr, beta1=self.betas[0], beta2=self.betas[1],
+            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partpar.agreement import digest
-from partpar.kernels.table import words
+from partpar.kernels.whole_rows import whole
 from partpar.sharded.policy import PartPolicy
 
 
@@ -31,12 +31,12 @@ class Shard:
     policy: PartPolicy
     rank: int
     offsets: np.ndarray = field(init=False, repr=False)
-    words: np.ndarray = field(init=False, repr=False)
+    whole: np.ndarray = field(init=False, repr=False)
     label: int = field(init=False, repr=False)
     row_bytes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.offsets, self.words = np.array(self.policy.offsets, np.int64), words(self.rows)
+        self.offsets, self.whole = np.array(self.policy.offsets, np.int64), whole(self.rows)
         self.row_bytes = self.rows.shape[1:].numel() * self.rows.element_size()
         self.label = digest(self.name, *self.rows.shape[1:], self.rows.dtype, *self.policy.offsets)
 

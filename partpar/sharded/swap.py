@@ -18,13 +18,13 @@ from torch.distributed import ProcessGroup
 
 from partpar import exchange
 from partpar.errors import IdError, RouteError
-from partpar.kernels.table import fetch_rows, word_of, words
+from partpar.kernels.whole_rows import fetch_rows, whole
 from partpar.sharded.shard import Shard
 from partpar.sharded.wanted import Wanted, nothing, want
-from partpar.sharded.wire import block, give, in_order, starts_of, take
+from partpar.sharded.wire import block, give, starts_of, take
 from partpar.sharded.word import MOST_TENSORS, Word
 
-__all__ = ["MOST_TENSORS", "Arrived", "Brought", "RowsOnTheWay", "pull", "push"]
+__all__ = ["MOST_TENSORS", "Arrived", "Brought", "RowsOnTheWay", "find", "pull", "push"]
 
 
 class RowsOnTheWay:
@@ -37,6 +37,11 @@ class RowsOnTheWay:
         self._flight: exchange.RowsInFlight | None = None
         self._buffers: tuple[Tensor, ...] = ()
 
+    @property
+    def wanted(self) -> Sequence[Wanted]:
+        r"""Of each tensor, to bring rows back the same way."""
+        return self._wanted
+
     def begin(self, flight: exchange.RowsInFlight, *buffers: Tensor) -> None:
         self._flight, self._buffers = flight, buffers
 
@@ -46,15 +51,27 @@ class RowsOnTheWay:
             landing = self._flight.wait().numpy()
             starts, _ = starts_of(self._asked, self._shards)
             for i, (shard, wanted) in enumerate(zip(self._shards, self._wanted, strict=True)):
-                word, into = word_of(shard.row_bytes), words(self._out[i])
+                into = whole(self._out[i])
                 for part in np.flatnonzero(self._asked[:, i]).tolist():
                     num = int(self._asked[part, i])
-                    rows = block(landing, int(starts[part, i]), num, shard.row_bytes, word)
-                    fetch_rows(rows, in_order(num), into, wanted.order[wanted.block(part)])
+                    rows = block(landing, int(starts[part, i]), num, shard.row_bytes)
+                    into[wanted.order[wanted.block(part)]] = rows
             for buffer in self._buffers:
                 give(buffer)
             self._flight, self._buffers = None, ()
         return self._out
+
+
+def find(
+    shards: Sequence[Shard], ids: Sequence[Tensor], error: RouteError | None
+) -> tuple[list[Wanted], RouteError | None]:
+    r"""The owners of ids, or of none where something is wrong with them."""
+    try:
+        if error is None:
+            return [want(*pair) for pair in zip(shards, ids, strict=True)], None
+    except IdError as found:
+        error = found
+    return [nothing(shard) for shard in shards], error
 
 
 def pull(
@@ -76,13 +93,7 @@ def pull(
     Raises:
         IdError: On the rank whose ids are out of range; all others raise a :class:`RouteError` that names it.
     """
-    wanted: list[Wanted] = []
-    try:
-        wanted = [want(*pair) for pair in zip(shards, ids, strict=True)] if error is None else []
-    except IdError as found:
-        error = found
-    if error is not None:
-        wanted = [nothing(shard) for shard in shards]
+    wanted, error = find(shards, ids, error)
     word = Word(what, shards, wanted, group, error)
     rank, asked = shards[0].rank, word.asked
     out = [
@@ -90,7 +101,7 @@ def pull(
     ]
     for shard, w, rows in zip(shards, wanted, out, strict=True):
         own = w.block(rank)
-        fetch_rows(shard.words, w.local[own], words(rows), w.order[own])
+        fetch_rows(shard.whole, w.local[own], whole(rows), w.order[own])
     told = word.heard()
     heard = told.counts
     way = RowsOnTheWay(out, shards, wanted, asked)
@@ -103,8 +114,8 @@ def pull(
             for i, shard in enumerate(shards):
                 num = int(heard[part, i])
                 if num:
-                    into = block(buffer, int(starts[part, i]), num, shard.row_bytes, word_of(shard.row_bytes))
-                    wrong = fetch_rows(shard.words, named[begin : begin + num], into, in_order(num))
+                    into = block(buffer, int(starts[part, i]), num, shard.row_bytes)
+                    wrong = fetch_rows(shard.whole, named[begin : begin + num], into)
                     assert wrong < 0, f"rank {part} named a row that is not here"
                     begin += num
         recv_bytes = starts_of(asked, shards)[1]
@@ -118,26 +129,50 @@ def pull(
 
 @dataclass(frozen=True)
 class Brought:
-    r"""Rows that ranks brought for one tensor: ``values[at[i]]`` is for row ``rows[i]`` of this worker."""
+    r"""Whole rows that ranks brought for one tensor: ``values[at[i]]`` is for row ``rows[i]`` of this worker, or
+    ``values[i]`` where :obj:`at` is :obj:`None`. Values may be on their way yet."""
 
     rows: np.ndarray
     values: np.ndarray
-    at: np.ndarray
+    at: np.ndarray | None
+    flight: exchange.RowsInFlight | None = None
+
+    def copy(self, out: np.ndarray) -> None:
+        r"""Writes the values in the order of the rows, once they are here."""
+        if self.flight is not None:
+            self.flight.wait()
+        if self.at is None:
+            out[:] = self.values
+        else:
+            fetch_rows(self.values, self.at, out)
 
 
 class Arrived:
     r"""What all ranks brought."""
 
-    def __init__(self, brought: list[list[Brought]], flags: np.ndarray, buffers: tuple[Tensor, ...]) -> None:
-        self._brought, self.flags, self._buffers = brought, flags, buffers
+    def __init__(
+        self,
+        brought: list[list[Brought]],
+        flags: np.ndarray,
+        flight: exchange.RowsInFlight | None,
+        buffers: tuple[Tensor, ...],
+    ) -> None:
+        self._brought, self.flags, self._flight, self._buffers = brought, flags, flight, buffers
 
     def of(self, tensor: int) -> Iterator[Brought]:
         r"""For one tensor, rank after rank: within a rank, in the order in which it named ids. So sums do not depend on
         which worker brought what, as long as all workers' ids, one after the other, are the same."""
         return iter(self._brought[tensor])
 
+    def wait(self) -> Arrived:
+        r"""Awaits all values."""
+        if self._flight is not None:
+            self._flight.wait()
+        return self
+
     def done(self) -> None:
         r"""Values are not needed any more."""
+        self.wait()
         for buffer in self._buffers:
             give(buffer)
         self._buffers = ()
@@ -146,60 +181,49 @@ class Arrived:
 def push(
     what: str,
     shards: Sequence[Shard],
-    ids: Sequence[Tensor],
+    wanted: Sequence[Wanted],
     values: Sequence[Tensor],
     group: ProcessGroup | None,
     error: RouteError | None = None,
     flags: int = 0,
-    numbers: bool = False,
 ) -> Arrived:
     r"""Brings rows to their owners (collective).
 
     Args:
-        what, shards, ids, group, error: As for :func:`pull`.
+        what, shards, group, error: As for :func:`pull`.
+        wanted: For each, of :func:`find`.
         values: For each, ``[n, *]`` contiguous, in the tensor's dtype.
         flags: A number that every rank is told.
-        numbers: Whether values are to be summed; otherwise they arrive as words.
     """
-    wanted: list[Wanted] = []
-    try:
-        wanted = [want(*pair) for pair in zip(shards, ids, strict=True)] if error is None else []
-    except IdError as found:
-        error = found
-    if error is not None:
-        wanted = [nothing(shard) for shard in shards]
     word = Word(what, shards, wanted, group, error, flags)
-    rank, asked, landing, named = shards[0].rank, word.asked, None, np.empty(0, np.int64)
+    rank, asked, landing, flight, named = shards[0].rank, word.asked, None, None, np.empty(0, np.int64)
     starts, send_bytes = starts_of(asked, shards)
     sent = take(sum(send_bytes))
     buffer = sent.numpy()
     for i, (shard, w) in enumerate(zip(shards, wanted, strict=True)):
-        given = words(values[i])
+        given = whole(values[i])
         for part in np.flatnonzero(asked[:, i]).tolist():
             num = int(asked[part, i])
-            into = block(buffer, int(starts[part, i]), num, shard.row_bytes, word_of(shard.row_bytes))
-            fetch_rows(given, w.order[w.block(part)], into, in_order(num))
+            into = block(buffer, int(starts[part, i]), num, shard.row_bytes)
+            fetch_rows(given, w.order[w.block(part)], into)
     told = word.heard()
     heard = told.counts
     if group is not None:
         starts, recv_bytes = starts_of(heard, shards)
         landing = take(sum(recv_bytes))
-        carried = exchange.send_rows(sent, send_bytes, recv_bytes, group, landing)
+        flight = exchange.send_rows(sent, send_bytes, recv_bytes, group, landing)
         named = told.named.wait().numpy()
-        carried.wait()
     brought: list[list[Brought]] = [[] for _ in shards]
     begin = 0
     for part in range(len(heard)):
         for i, shard in enumerate(shards):
-            kind: type | np.dtype = shard.rows.numpy().dtype if numbers else word_of(shard.row_bytes)
             if part == rank:
-                own, rows = wanted[i].block(rank), values[i]
-                typed = rows.view(rows.size(0), rows.shape[1:].numel()).numpy() if numbers else words(rows)
-                brought[i].append(Brought(wanted[i].local[own], typed, wanted[i].order[own]))
+                own = wanted[i].block(rank)
+                brought[i].append(Brought(wanted[i].local[own], whole(values[i]), wanted[i].order[own]))
             elif num := int(heard[part, i]):
                 assert landing is not None
-                typed = block(landing.numpy(), int(starts[part, i]), num, shard.row_bytes, kind)
-                brought[i].append(Brought(named[begin : begin + num], typed, in_order(num)))
+                rows = block(landing.numpy(), int(starts[part, i]), num, shard.row_bytes)
+                brought[i].append(Brought(named[begin : begin + num], rows, None, flight))
                 begin += num
     buffers = (sent,) if landing is None else (sent, landing)
-    return Arrived(brought, told.flags, buffers)
+    return Arrived(brought, told.flags, flight, buffers)

@@ -13,7 +13,7 @@ from partpar import exchange
 from partpar.agreement import digest
 from partpar.errors import RouteError
 from partpar.graph import GraphData
-from partpar.kernels.table import put_rows
+from partpar.kernels.whole_rows import put_rows
 from partpar.sharded import swap
 from partpar.sharded.checkpoint import ShardedRows, copy_rows
 from partpar.sharded.initializers import InitFunc, initialise
@@ -196,9 +196,10 @@ class DistTensor:
         values = self.shard.rows.new_empty((0, *self.shape[1:]))
         if error is None:
             values, error = check_rows(self.shard, checked, rows)
-        arrived = swap.push("scatter", [self.shard], [checked], [values], self.group, error)
-        for brought in arrived.of(0):
-            wrong = put_rows(self.shard.words, brought.rows, brought.values, brought.at)
+        wanted, error = swap.find([self.shard], [checked], error)
+        arrived = swap.push("scatter", [self.shard], wanted, [values], self.group, error)
+        for brought in arrived.wait().of(0):
+            wrong = put_rows(self.shard.whole, brought.rows, brought.values, brought.at)
             assert wrong < 0, "a rank named a row that is not here"
         arrived.done()
 
@@ -269,7 +270,6 @@ def check_rows(shard: Shard, ids: Tensor, rows: Any) -> tuple[Tensor, RouteError
     if not isinstance(rows, Tensor) or tuple(rows.shape) != shape or rows.dtype != dtype:
         found = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         return nothing, RouteError(f"{shard.name}: expected rows {dtype} of shape {shape}, found {found}")
-    rows = rows.detach().cpu().contiguous()
-    return (rows.clone() if rows.data_ptr() % 8 else rows), None
+    return rows.detach().cpu().contiguous(), None
 
 

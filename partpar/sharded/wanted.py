@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from partpar.errors import IdError
-from partpar.kernels.table import place_ids
+from partpar.kernels.whole_rows import first_outside
 from partpar.sharded.shard import Shard
 
 
@@ -45,15 +45,17 @@ def want(shard: Shard, ids: Tensor) -> Wanted:
     Raises:
         IdError: With the first id that nobody owns.
     """
-    given = ids.numpy()
-    order, local = np.empty(len(given), np.int64), np.empty(len(given), shard.id_dtype)
-    counts = np.empty(shard.policy.num_parts, np.int64)
-    wrong = place_ids(given, shard.offsets, shard.rank, order, local, counts)
+    given, num_parts = ids.numpy(), shard.policy.num_parts
+    wrong = first_outside(given, shard.policy.num_rows)
     if wrong >= 0:
         raise IdError(
             f"{shard.name}: expected ids from 0 to {shard.policy.num_rows - 1}, found {int(given[wrong])} at place {wrong}"
         )
-    return Wanted(order, local, counts, shard.rank)
+    owners = np.searchsorted(shard.offsets, given, side="right") - 1
+    places = np.where(owners == shard.rank, num_parts, owners).astype(np.min_scalar_type(num_parts))
+    order = np.argsort(places, kind="stable")  # of small numbers: by radix
+    local = (given - shard.offsets[owners]).astype(shard.id_dtype)[order]
+    return Wanted(order, local, np.bincount(owners, minlength=num_parts), shard.rank)
 
 
 def nothing(shard: Shard) -> Wanted:

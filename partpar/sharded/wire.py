@@ -14,7 +14,6 @@ from partpar import exchange
 from partpar.sharded.shard import Shard
 from partpar.sharded.wanted import Wanted
 
-_ALIGN = 8  # bytes; rows of every dtype may begin at a multiple of it
 _MOST_BUFFERS = 8
 
 _free: list[Tensor] = []
@@ -39,29 +38,16 @@ def give(buffer: Tensor) -> None:
             _free.pop(0)
 
 
-_count_up = np.arange(1 << 14)
-
-
-def in_order(num: int) -> np.ndarray:
-    """``0, 1, …, num - 1``, not made anew each time."""
-    global _count_up
-    if len(_count_up) < num:
-        _count_up = np.arange(2 * num)
-    return _count_up[:num]
-
-
 def starts_of(counts: np.ndarray, shards: Sequence[Shard]) -> tuple[np.ndarray, list[int]]:
     """Where the block of each (rank, tensor) begins in a buffer of rows, and the bytes of each rank's blocks."""
     sizes = counts * np.array([shard.row_bytes for shard in shards])
-    sizes = (sizes + _ALIGN - 1) // _ALIGN * _ALIGN
     ends = sizes.cumsum().reshape(sizes.shape)
     return ends - sizes, sizes.sum(1).tolist()
 
 
-def block(buffer: np.ndarray, start: int, num_rows: int, row_bytes: int, dtype: type | np.dtype) -> np.ndarray:
-    """A block of rows in a buffer of bytes, ``[num_rows, k]``."""
-    found = buffer[start : start + num_rows * row_bytes].view(dtype)
-    return found.reshape(num_rows, row_bytes // np.dtype(dtype).itemsize)
+def block(buffer: np.ndarray, start: int, num_rows: int, row_bytes: int) -> np.ndarray:
+    """A block of whole rows in a buffer of bytes, ``[num_rows]``."""
+    return buffer[start : start + num_rows * row_bytes].view(f"V{row_bytes}")
 
 
 def away(counts: np.ndarray, rank: int) -> np.ndarray:
