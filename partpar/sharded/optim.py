@@ -126,8 +126,8 @@ class SparseOptimizer(ABC):
             for table, room in zip(tables, rooms[1:], strict=True):
                 torch.index_select(table, 0, rows, out=room[: len(rows)])
             self._descend(rooms[0], state["step"], *rooms[1:])
-            for table, copy in into:
-                table[touched] = copy[: len(touched)]
+            for wholes, copies in into:
+                wholes[touched] = copies[: len(touched)]
 
     @abstractmethod
     def _descend(self, grad: Tensor, step: Tensor, weight: Tensor, *state: Tensor) -> None:
