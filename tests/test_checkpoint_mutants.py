@@ -1,4 +1,4 @@
-r"""Mistakes put into checkpoints on purpose; the comparisons of ``test_checkpoint.py`` must notice each. Listed in
+r"""Mistakes put into checkpoints on purpose; the comparisons of ``test_checkpoint*.py`` must notice each. Listed in
 ``MUTANTS.rst``."""
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_training
 import test_checkpoint
+import test_checkpoint_damage
+import test_checkpoint_ranks
 import torch
 from gang import Gang, GangError
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -107,7 +110,7 @@ def cut_short(tmp_path: Path) -> None:
 
 def ended_while_removing(tmp_path: Path) -> None:
     r"""Of a checkpoint that is being removed, no half stands under its name."""
-    test_checkpoint.three_steps(tmp_path)
+    small_training.three_steps(tmp_path)
     remove_all = shutil.rmtree
 
     def half(path: Path, **options: Any) -> None:
@@ -138,7 +141,7 @@ RESUMED = test_checkpoint.test_a_resumed_training_ends_as_one_that_never_stopped
 COMPARISONS: dict[Callable[[Patch], None], Callable[[Path], None]] = {
     **dict.fromkeys((forget_the_optimizer, forget_the_schedule, forget_the_steps_of_dropout, forget_the_generators), RESUMED),
     write_what_is_in_use: writes_what_was_saved,
-    compare_no_checksums: test_checkpoint.test_no_single_byte_goes_unnoticed,
+    compare_no_checksums: test_checkpoint_damage.test_no_single_byte_goes_unnoticed,
     rename_before_the_marker: cut_short,
     remove_in_place: ended_while_removing,
     begin_the_epoch_anew: loader_goes_on,
@@ -171,12 +174,12 @@ def rows_begin_at_0(patch: Patch) -> None:
 def load_with_a_mistake(worker: Any, folder: Path, offsets: list[int]) -> Any:
     with Patch.context() as patch:
         rows_begin_at_0(patch)
-        return test_checkpoint.load_rows(worker, folder, offsets)
+        return test_checkpoint_ranks.load_rows(worker, folder, offsets)
 
 
 def test_rows_of_another_place_are_noticed(gang: Gang, tmp_path: Path) -> None:
-    rows, _ = gang.run(test_checkpoint.save_rows, 2, tmp_path, [0, 5, 11])[0]
-    found = gang.run(test_checkpoint.load_rows, 3, tmp_path, [0, 2, 9, 11])[0][0]
+    rows, _ = gang.run(test_checkpoint_ranks.save_rows, 2, tmp_path, [0, 5, 11])[0]
+    found = gang.run(test_checkpoint_ranks.load_rows, 3, tmp_path, [0, 2, 9, 11])[0][0]
     assert torch.allclose(found, rows, rtol=1e-12, atol=0)
     try:
         found = gang.run(load_with_a_mistake, 3, tmp_path, [0, 2, 9, 11])[0][0]
