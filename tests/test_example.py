@@ -161,7 +161,7 @@ def cora(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_gcn_learns_cora(gang: Gang, cora: str, workers: int) -> None:
     r"""Kipf and Welling (ICLR 2017) report 81.5 % on this split."""
     recipe = {
-        "model": GCN, "hidden": 16, "layers": 2, "classes": 7, "dropout": 0.5, "decay": 5e-4, "epochs": 200,
+        "model": GCN, "hidden": 16, "layers": 2, "classes": 7, "dropout": 0.5, "decay": 5e-4, "epochs": 100,
         "metric": "accuracy", "dtype": torch.float32, "normalize": True, "options": {"cached": True},
     }  # fmt: skip
     accuracies = []
