@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -65,7 +66,11 @@ class Checks:
 
 
 def agree(
-    group: ProcessGroup | None, what: str, fields: dict[str, int], error: str | None = None
+    group: ProcessGroup | None,
+    what: str,
+    fields: dict[str, int],
+    error: str | None = None,
+    kind: Callable[[str], Exception] = RouteError,
 ) -> list[dict[str, int]]:
     r"""Compares what each rank is about to do, before any rank does it.
 
@@ -74,17 +79,18 @@ def agree(
         what: The call's name, for messages.
         fields: Name and value of what must be equal on all ranks. A name that starts with ``"_"`` may differ.
         error: What this rank found wrong with its own input. All ranks then raise.
+        kind: What they raise, made of what the ranks tell.
 
     Returns:
         The fields of every rank.
 
     Raises:
-        RouteError: A rank has an error to tell; on every rank, with that message.
+        RouteError, or :obj:`kind`: A rank has an error to tell; on every rank, with that message.
         AgreementError: A field differs; on every rank, with both values.
     """
     if group is None:
         if error is not None:
-            raise RouteError(error)
+            raise kind(error)
         return [dict(fields)]
     assert len(fields) < _NUM_FIELDS - 1
     if DEBUG:
@@ -109,7 +115,7 @@ def agree(
     ]
     failed = [f"rank {rank}: {texts[rank]}" for rank, row in enumerate(rows) if row[0]]
     if failed:
-        raise RouteError("; ".join(failed))
+        raise kind("; ".join(failed))
     for rank, other in enumerate(texts):
         if other != texts[0]:
             raise AgreementError(

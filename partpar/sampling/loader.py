@@ -14,7 +14,7 @@ from torch import Tensor
 
 from partpar import exchange
 from partpar.agreement import digest
-from partpar.errors import AgreementError, RouteError, SamplingError, StaleIteratorError
+from partpar.errors import RouteError, SamplingError, StaleIteratorError
 from partpar.sampling.batches import Batch, BatchMaker, Recipe, Task
 from partpar.sampling.inputs import UNEVEN, Steps, shuffled
 from partpar.sampling.processes import InProcesses
@@ -35,13 +35,13 @@ def together(what: str) -> Iterator[None]:
         wrong = error
     if group is None and wrong is not None:
         raise wrong
-    try:
-        exchange.agree(group, what, {}, None if wrong is None else str(wrong))
-    except AgreementError:
-        raise
-    except RouteError as told:
-        kind = SamplingError if wrong is None else type(wrong)
-        raise kind(f"{what}: {told}") from wrong
+
+    def told_to_all(told: str) -> Exception:
+        error = (SamplingError if wrong is None else type(wrong))(f"{what}: {told}")
+        error.__cause__ = wrong
+        return error
+
+    exchange.agree(group, what, {}, None if wrong is None else str(wrong), told_to_all)
 
 
 class DistLoader:
