@@ -99,6 +99,7 @@ def train(parallel: torch.nn.Module, model: torch.nn.Module, loss_of: Any, spars
     return Run(torch.stack(losses), torch.stack(grads), weights)
 
 
+@functools.cache
 def expected(model: str, name: str) -> tuple[Run, dict[str, Tensor]]:
     r"""PyG's own classes in one process."""
     data = load(name)
