@@ -109,20 +109,19 @@ def test_every_weight_of_the_classifier_is_trained_by_every_worker(gang: Gang, c
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("words", [(), ("bitcoin_otc",)], ids=["generated", "bitcoin_otc"])
-def test_snapshots_are_the_same_on_two_workers(tmp_path: Path, words: tuple[str, ...]) -> None:
-    more = ("--npz", str(npz_path(words[0])), "--epochs", "6") if words else ("--nodes", "300", "--epochs", "6")
-    alone, two = (run("train_snapshots.py", tmp_path, workers, *more) for workers in (None, 2))
+def test_snapshots_are_the_same_on_two_workers(tmp_path: Path) -> None:
+    words = ("--npz", str(npz_path("bitcoin_otc")), "--epochs", "6")
+    alone, two = (run("train_snapshots.py", tmp_path, workers, *words) for workers in (None, 2))
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in alone], rel=1e-8)
     assert [r["auc"] for r in two] == pytest.approx([r["auc"] for r in alone], rel=1e-8)
     assert alone[-1]["loss"] < alone[0]["loss"]
-    assert not words or alone[-1]["auc"] > 0.6
+    assert alone[-1]["auc"] > 0.6
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("model", ["rgcn", "sage", "hgt", "han"])
-def test_typed_training_is_the_same_on_two_workers(tmp_path: Path, model: str) -> None:
-    words = ("--nodes", "600", "--epochs", "8", "--model", model)
+def test_typed_training_is_the_same_on_two_workers(tmp_path: Path) -> None:
+    r"""Of one model; the others' weights are compared in the test before."""
+    words = ("--nodes", "600", "--epochs", "8", "--model", "han")
     alone, two = (run("train_hetero_full_graph.py", tmp_path, workers, *words) for workers in (None, 2))
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in alone], rel=1e-8)
     assert alone[-1]["loss"] < alone[0]["loss"]
