@@ -121,6 +121,47 @@ def test_rgcn_under_autocast() -> None:
         torch.testing.assert_close(rows.float(), expected[t], rtol=0.05, atol=0.05)
 
 
+def test_aggregates_of_constant_rows_are_made_anew_when_any_rows_change() -> None:
+    share = GraphData.from_pyg_data(typed_graph())
+    torch.manual_seed(0)
+    conv, edges = nn.RGCNConv(8, HIDDEN, share.edge_types), share.adj_dict()
+    x = {t: rows.float() for t, rows in share.collect("x").items()}
+    constant = nn.keep_halos(x)
+    for changed in ("nothing", *x):
+        for rows in x.values() if changed == "nothing" else (x[changed],):
+            rows.mul_(2)
+        found, expected = conv(constant, edges), conv(x, edges)
+        for t, rows in expected.items():
+            torch.testing.assert_close(found[t], rows, msg=f"rows of {t!r} after a change of {changed!r}")
+
+
+def test_rgcn_multiplies_on_the_cheaper_side() -> None:
+    r"""Few sources and many destinations, the other way round, and widths that differ: the same to second derivatives."""
+    data = HeteroData()
+    for t, count in (("few", 3), ("many", 40), ("more", 5)):
+        data[t].x = torch.randn(count, 6, dtype=torch.float64)
+    for source, target in (("few", "many"), ("more", "many"), ("many", "few"), ("many", "many")):
+        ends = [torch.randint(data[t].num_nodes, (60,)) for t in (source, target)]
+        data[source, "to", target].edge_index = torch.stack(ends)
+    share, joined = GraphData.from_pyg_data(data), data.to_homogeneous()
+    for aggr, width in (("mean", 4), ("sum", 9)):
+        conv = nn.RGCNConv(6, width, share.edge_types, aggr=aggr).double()
+        plain = pyg.RGCNConv(6, width, len(share.edge_types), aggr=aggr).double()
+        plain.load_state_dict(conv.state_dict())
+        x = {t: data[t].x.clone().requires_grad_() for t in data.node_types}
+        whole = torch.cat(list(x.values()))
+        ours = torch.cat(list(conv(x, share.adj_dict()).values()))
+        theirs = plain(whole, joined.edge_index, joined.edge_type)
+        for out, layer in ((ours, conv), (theirs, plain)):
+            slopes = torch.autograd.grad(out.square().sum(), [*x.values(), *layer.parameters()], create_graph=True)
+            bends = torch.autograd.grad(sum(s.square().sum() for s in slopes), list(x.values()))
+            results = [out, *slopes, *bends]
+            if layer is conv:
+                expected = results
+        for found, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_the_reference_learns() -> None:
     for name, (losses, grads, _) in reference("generated", 20, NAMES).items():
         assert float(losses[-1]) < float(losses[0]) - 0.005, name

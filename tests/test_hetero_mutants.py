@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_hetero
 import test_snapshots
 import torch
 from gang import Gang, GangError, Worker
@@ -62,12 +63,18 @@ def one_prior_for_all_relations(patch: Patch) -> None:
 
 
 def one_map_for_all_relations(patch: Patch) -> None:
-    add = rgcn.RGCNConv._add
+    make = rgcn._Relation
+    patch.setattr(rgcn, "_Relation", lambda adj, given, rows, weight: make(adj, given, rows, weight._base[0]))
 
-    def mutant(self: Any, out: Tensor, adj: Any, given: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        return add(self, out, adj, given, rows, self.weight[0])
 
-    patch.setattr(rgcn.RGCNConv, "_add", mutant)
+def means_over_all_relations(patch: Patch) -> None:
+    join = rgcn.join
+    patch.setattr(rgcn, "join_means", lambda adjs, dtype: ((whole := join(adjs)[0]), whole.mean_weight(dtype)))
+
+
+def products_without_gradients_of_rows(patch: Patch) -> None:
+    multiply = rgcn.stacked_products
+    patch.setattr(rgcn, "stacked_products", lambda rows, weights: multiply([r.data for r in rows], weights))
 
 
 def statistics_of_one_worker(patch: Patch) -> None:
@@ -112,6 +119,9 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
 ]
 
 
+MULTIPLIED = (means_over_all_relations, products_without_gradients_of_rows)
+
+
 def mutated(
     worker: Worker, root: Path, name: str, mutate: Callable[[Patch], None] | None, algorithm: str = "random"
 ) -> Runs:
@@ -133,6 +143,13 @@ def test_without_a_mutant_all_agree(gang: Gang, cut: Any, name: str) -> None:
     root, expected = cut("generated", "random", 3), reference("generated", 3, (name,))
     found = gang.run(mutated, 3, root, name, None)
     assert max(max(errors(runs, expected).values()) for runs in found) < 1e-10
+
+
+@pytest.mark.parametrize("mutate", MULTIPLIED, ids=[mutate.__name__ for mutate in MULTIPLIED])
+def test_mutant_of_multiplied_sources_is_noticed(monkeypatch: Patch, mutate: Callable[[Patch], None]) -> None:
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match="Tensor-likes are not"):
+        test_hetero.test_rgcn_multiplies_on_the_cheaper_side()
 
 
 def test_parameters_left_out_by_an_empty_part_are_noticed(gang: Gang, cut: Any) -> None:
@@ -198,6 +215,6 @@ def test_mutant_over_time_is_noticed(gang: Gang, tmp_path: Path, mutate: Any) ->
 
 def test_all_are_listed() -> None:
     listed = Path(__file__).with_name("MUTANTS.rst").read_text()
-    names = [mutate.__name__ for mutate, _ in MUTANTS] + [mutate.__name__ for mutate in OVER_TIME]
+    names = [mutate.__name__ for mutate, _ in MUTANTS] + [mutate.__name__ for mutate in (*MULTIPLIED, *OVER_TIME)]
     names.append(skip_relations_without_edges.__name__)
     assert [name for name in names if f"``{name}``" not in listed] == []

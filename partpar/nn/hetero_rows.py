@@ -113,18 +113,40 @@ def adjacency(piece: Tensor | Adjacency, num_src: int, num_dst: int) -> Adjacenc
 def join(pieces: list[Adjacency]) -> tuple[Adjacency, Tensor]:
     r"""The edges of several relations into the same destinations as one adjacency, whose sources are those of the
     relations one behind another; and for each of its edges the number of its relation. Made once."""
+    whole, order = _joined(pieces)
+
+    def build() -> Tensor:
+        sizes = torch.tensor([piece.num_edges for piece in pieces])
+        return torch.repeat_interleave(sizes)[order]
+
+    return whole, kept(whole, None, "numbers of relations", build)
+
+
+def join_means(pieces: list[Adjacency], dtype: torch.dtype) -> tuple[Adjacency, Tensor]:
+    r"""As :func:`join`, and for each edge one over the degree of its destination in the edge's own relation."""
+    whole, order = _joined(pieces)
+
+    def build() -> Tensor:
+        return torch.cat([piece.mean_weight(dtype) for piece in pieces])[order]
+
+    return whole, kept(whole, None, ("means of relations", dtype), build)
+
+
+def _joined(pieces: list[Adjacency]) -> tuple[Adjacency, Tensor]:
+    """One adjacency, and where each of its edges stands when those of the pieces are laid one behind another."""
+    if len(pieces) == 1:
+        return pieces[0], torch.arange(pieces[0].num_edges)
 
     def build() -> tuple[list[Adjacency], Adjacency, Tensor]:
-        starts, ends, numbers, first = [], [], [], 0
-        for number, piece in enumerate(pieces):
+        starts, ends, first = [], [], 0
+        for piece in pieces:
             starts.append(piece.indices.long() + first)
             ends.append(piece.destinations.long())
-            numbers.append(torch.full_like(starts[-1], number))
             first += piece.num_src
         edge_index = torch.stack([torch.cat(starts), torch.cat(ends)])
         whole = Adjacency.from_edge_index(edge_index, first, pieces[0].num_dst)
         assert whole.edge_ids is not None
-        return pieces, whole, torch.cat(numbers)[whole.edge_ids]  # with the pieces, so that ids stay theirs
+        return pieces, whole, whole.edge_ids  # with the pieces, so that ids stay theirs
 
     made: Any = kept(pieces[0], None, ("joined", tuple(map(id, pieces))), build)
     return made[1], made[2]

@@ -2,7 +2,7 @@ r"""The relational graph convolution, partition-parallel."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_geometric.nn as pyg_nn
@@ -13,7 +13,16 @@ from partpar.graph import EdgeType
 from partpar.hetero_route import HeteroRoute
 from partpar.kernels.adjacency import Adjacency
 from partpar.kernels.aggregate import aggregate_max, aggregate_mean, aggregate_min, aggregate_sum
-from partpar.nn.hetero_rows import HeteroEdges, HeteroRows, adjacency, check_relations, sources
+from partpar.nn.hetero_rows import (
+    HeteroEdges,
+    HeteroRows,
+    adjacency,
+    check_relations,
+    join,
+    join_means,
+    sources,
+)
+from partpar.nn.products import stacked_products
 from partpar.nn.rows import check_flow, owned
 from partpar.nn.source_rows import SourceRows
 from partpar.route import Route
@@ -25,6 +34,16 @@ _REDUCTIONS = {
     "max": aggregate_max,
     "min": aggregate_min,
 }
+_EDGE = 12  # what an element of an edge's row costs to add, in multiplications of a matrix product (measured)
+
+
+class _Relation(NamedTuple):
+    """Edges, the rows given for their sources, these rows with their halo, and the relation's weight."""
+
+    adj: Adjacency
+    given: Tensor | SourceRows
+    rows: Tensor
+    weight: Tensor
 
 
 class RGCNConv(pyg_nn.RGCNConv):
@@ -88,13 +107,25 @@ class RGCNConv(pyg_nn.RGCNConv):
             weight = (self.comp @ weight.flatten(1)).view(-1, *weight.shape[1:])
 
         rows_of = sources(x_dict, routes, [e[0] for e in used])
+        constant: dict[str, list[_Relation]] = {}
+        multiplied: dict[str, list[_Relation]] = {}
         for number, edge_type in enumerate(self.edge_types):
             if edge_type not in used:
                 continue
             source, _, destination = edge_type
             rows, num_dst = rows_of[source], out[destination].size(0)
             adj = adjacency(used[edge_type], rows.size(0), num_dst)
-            out[destination] = self._add(out[destination], adj, x_dict[source], rows, weight[number])
+            relation = _Relation(adj, x_dict[source], rows, weight[number])
+            if self._keeps(relation) and self.num_blocks is None:
+                constant.setdefault(destination, []).append(relation)
+            elif self._multiplies_first(relation):
+                multiplied.setdefault(destination, []).append(relation)
+            else:
+                self._add(out[destination], relation)
+        for destination, relations in constant.items():
+            self._add_constant(out[destination], relations)
+        for destination, relations in multiplied.items():
+            self._add_multiplied(out[destination], relations)
         return out
 
     def _own(self, rows: Tensor) -> Tensor:
@@ -104,19 +135,47 @@ class RGCNConv(pyg_nn.RGCNConv):
         zeros = rows.new_zeros(rows.size(0), self.out_channels)
         return zeros if self.bias is None else zeros + self.bias
 
-    def _add(
-        self, out: Tensor, adj: Adjacency, given: Tensor | SourceRows, rows: Tensor, weight: Tensor
-    ) -> Tensor:
-        """Adds one relation, in place; a mean and a linear map commute, so the narrower side is averaged."""
+    def _keeps(self, relation: _Relation) -> bool:
+        """Whether the aggregates of constant rows are kept: unless they are wide, and their product is not."""
+        return isinstance(relation.given, SourceRows) and self.in_channels_l <= 2 * self.out_channels
+
+    def _multiplies_first(self, relation: _Relation) -> bool:
+        """Whether sources are multiplied rather than aggregates. A sum and a linear map commute: whichever moves and
+        multiplies less comes first."""
+        if self.aggr in ("max", "min") or self.num_blocks is not None:
+            return False
+        adj, matrix = relation.adj, self.in_channels_l * self.out_channels
+        before = adj.num_src * matrix + _EDGE * adj.num_edges * self.out_channels
+        return before < adj.num_dst * matrix + _EDGE * adj.num_edges * self.in_channels_l
+
+    def _add(self, out: Tensor, relation: _Relation) -> None:
+        """Adds one relation whose aggregates are multiplied, in place."""
         reduce = _REDUCTIONS[str(self.aggr)]
-        linear = self.aggr not in ("max", "min") and self.num_blocks is None
-        if isinstance(given, SourceRows) and self.in_channels_l <= 2 * self.out_channels:
+        adj, given, rows, weight = relation
+        if isinstance(given, SourceRows) and self._keeps(relation):
             mean = given.keep((self.aggr, id(adj)), lambda: reduce(adj, rows))
-        elif linear and self.out_channels < self.in_channels_l:
-            return out.add_(reduce(adj, rows @ weight))
         else:
             mean = reduce(adj, rows)
         if self.num_blocks is None:
-            return out.addmm_(mean.to(out.dtype), weight.to(out.dtype))  # under autocast, `out` is narrow
+            out.addmm_(mean.to(out.dtype), weight.to(out.dtype))  # under autocast, `out` is narrow
+            return
         blocks = torch.einsum("nbi,bio->nbo", mean.view(-1, *weight.shape[:2]), weight)
-        return out.add_(blocks.reshape(-1, self.out_channels))
+        out.add_(blocks.reshape(-1, self.out_channels))
+
+    def _add_constant(self, out: Tensor, relations: list[_Relation]) -> None:
+        """Adds relations from constant rows, in one product, in place: their aggregates are kept side by side."""
+        reduce = _REDUCTIONS[str(self.aggr)]
+        first, *others = (r.given for r in relations if isinstance(r.given, SourceRows))
+        name = (self.aggr, *(id(r.adj) for r in relations))
+        means = first.keep(name, lambda: torch.cat([reduce(r.adj, r.rows) for r in relations], dim=1), *others)
+        # Transposed, so that the gradient of the weights is a product of the faster kind: few long rows by a wide matrix.
+        weights = torch.cat([relation.weight.t() for relation in relations], dim=1).t()
+        out.addmm_(means.to(out.dtype), weights.to(out.dtype))
+
+    def _add_multiplied(self, out: Tensor, relations: list[_Relation]) -> None:
+        """Adds relations whose sources are multiplied, in one aggregation, in place."""
+        adjs = [relation.adj for relation in relations]
+        rows = [relation.rows.to(out.dtype) for relation in relations]
+        products = stacked_products(rows, [relation.weight.to(out.dtype) for relation in relations])
+        whole, shares = join_means(adjs, out.dtype) if self.aggr == "mean" else (join(adjs)[0], None)
+        out.add_(aggregate_sum(whole, products, shares))

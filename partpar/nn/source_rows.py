@@ -29,7 +29,7 @@ class SourceRows:
 
     owned: Tensor
     route: Route | None = None
-    _kept: dict[Any, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
+    _kept: dict[Any, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"SourceRows({list(self.owned.shape)} {self.owned.dtype}, {self.route})"
@@ -46,14 +46,15 @@ class SourceRows:
     def fetched(self) -> bool:
         r"""Whether the halo is here already, so that sums of rows need no exchange."""
         kept = self._kept.get("rows")
-        return self.route is None or self.route.group is None or (kept is not None and kept[0] == self.owned._version)
+        return self.route is None or self.route.group is None or (kept is not None and kept[0] == (self.owned._version,))
 
-    def keep(self, key: Any, build: Callable[[], Tensor]) -> Tensor:
-        r"""What :obj:`build` makes of the rows; made once, exactly, whatever the route's policy."""
+    def keep(self, key: Any, build: Callable[[], Tensor], *others: SourceRows) -> Tensor:
+        r"""What :obj:`build` makes of these rows, and of others; made once, exactly, whatever the route's policy."""
+        versions = tuple(rows.owned._version for rows in (self, *others))
         kept = self._kept.get(key)
-        if kept is None or kept[0] != self.owned._version:
+        if kept is None or kept[0] != versions:
             with torch.no_grad():
-                kept = self._kept[key] = (self.owned._version, build())
+                kept = self._kept[key] = (versions, build())
         return kept[1]
 
 
