@@ -2,11 +2,14 @@ r"""Kills while checkpoints are written, and jobs that torchrun starts anew."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -74,18 +77,32 @@ def records(path: Path) -> list[dict[str, float]]:
     return [record for line in path.read_text().splitlines() if "loss" in (record := json.loads(line))]
 
 
+@pytest.fixture(scope="module")
+def without_a_kill(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    r"""The folder where an example ran, once: its partition, and ``whole.jsonl`` of its epochs."""
+
+    @functools.cache
+    def run(script: str, *words: Any) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        done = start([*TORCHRUN, EXAMPLES / script, *words, "--metrics", "whole.jsonl"], folder)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("example", "kill", "rank"),
     [(FULL_GRAPH, "step", 1), (FULL_GRAPH, "write", 1), (FULL_GRAPH, "rename", 0), (MINI_BATCH, "step", 1), (EMBEDDING, "step", 0)],
     ids=["full graph", "full graph, while writing", "full graph, before the rename", "mini-batches", "sharded rows"],
 )
 def test_a_job_started_anew_ends_as_one_that_never_stopped(
-    example: list[str], kill: str, rank: int, tmp_path: Path
+    without_a_kill: Any, example: list[str], kill: str, rank: int, tmp_path: Path
 ) -> None:
     script, *words = example
-    whole = start([*TORCHRUN, EXAMPLES / script, *words, "--metrics", "whole.jsonl"], tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    expected = {record["epoch"]: record for record in records(tmp_path / "whole.jsonl")}
+    whole = without_a_kill(*example)
+    shutil.copytree(whole / "partitions", tmp_path / "partitions")  # its files and renames are not those to be killed at
+    expected = {record["epoch"]: record for record in records(whole / "whole.jsonl")}
 
     # A step beyond the second checkpoint (an epoch has four or five batches), or its file, or its rename.
     call = {"write": 2, "rename": 2, "step": 22 if example is MINI_BATCH else 6}[kill]
