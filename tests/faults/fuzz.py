@@ -111,7 +111,7 @@ class Targets:
         try:
             raw = json.loads(data)
             verb, tensors, values = raw["verb"], {k: _tensor(t) for k, t in raw["tensors"].items()}, raw["values"]
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
             return  # not written down well
         if verb in ("request", "reply"):
             transport.check_message(tensors, values)
