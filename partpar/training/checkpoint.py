@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from partpar import exchange
+from partpar.agreement import digest
 from partpar.errors import AgreementError, CheckpointError, DamagedCheckpointError, RouteError
 from partpar.sharded.checkpoint import ShardedRows
-from partpar.sharded.shard import digest
 from partpar.training import checkpoint_files as files
 from partpar.training.checkpoint_state import RANDOM, VALUES, collect, drawn_by, hand_out, wanted
 from partpar.training.together import first_rank, side_group
