@@ -49,7 +49,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     target = session.config.getoption("--fault-times", default=None)
     if not target or not _times:
         return
-    path, rows = Path(target), {name: f"{seconds:.1f}" for name, seconds in _times.items()}
+    path, rows = Path(target), {name: f"{s:.1f}" if s >= 0.1 else "< 0.1" for name, s in _times.items()}
     if path.exists():
         with path.open(newline="") as file:
             rows = dict(list(csv.reader(file))[1:]) | rows
