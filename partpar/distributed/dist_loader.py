@@ -84,6 +84,7 @@ class StoreLoader(DistLoader):
         options, channel = rename(options, concurrency, async_sampling)
         seed = options.get("seed", 0)
         sampler = connected(dist_sampler, current_ctx, data, *meeting, concurrency=concurrency, seed=seed, **draws)
+        assert sampler.service is not None
         super().__init__(sampler.service, **sampler.options, **options)  # of partpar's own loader of nodes or links
         self.data, self.dist_sampler, self.current_ctx, self.channel = data, sampler, current_ctx, channel
         self.neighbor_sampler = self.node_sampler = self.link_sampler = sampler
