@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -286,7 +287,13 @@ def main(target: str, seconds: str, mutant: str | None = None) -> None:
         return change(data, most, seed, atheris.Mutate)
 
     def look(data: bytes) -> None:
-        targets.run(target, data)
+        try:
+            targets.run(target, data)
+        except BaseException:  # noqa: BLE001 - told at once: at an exit in order, libFuzzer's alarm may end it unheard
+            Path("crash-found").write_bytes(data)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(77)
 
     atheris.Setup([sys.argv[0], *options, "-seed=1", *corpus], look, custom_mutator=mutator)
     atheris.Fuzz()
