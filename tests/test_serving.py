@@ -251,7 +251,7 @@ def test_wrong_ids_and_names_are_refused(tmp_path):
 def test_messages_hold_tensors_and_plain_values_only():
     verbs = Verbs()
     verbs.register("echo", lambda tensors, values: tensors)
-    for values in ({"a": object()}, {"a": {"b": {"c": [[[[[1]]]]]}}}, {"a": [0] * (1 << 17)}, {"a": "x" * (1 << 17)}):
+    for values in ({"a": object()}, {"a": {"b": {"c": [[[[[1]]]]]}}}, {"a": [0] * (1 << 17)}, {"a": "x" * (1 << 21)}):
         with pytest.raises(ServiceError, match="expected"):
             verbs.answer("echo", {}, values)
     for tensor in (torch.zeros(2).to_sparse(), torch.nn.Parameter(torch.zeros(2))):

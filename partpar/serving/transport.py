@@ -80,7 +80,7 @@ class Verbs:
             return handler(tensors, values)
         except PartparError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             # Such as for a name that is absent.
             raise ServiceError(f"{verb!r} failed on what it was asked: {type(error).__name__}: {error}") from error
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partpar import exchange
 from partpar.agreement import digest
-from partpar.errors import AgreementError, CheckpointError, DamagedCheckpointError, RouteError
+from partpar.errors import CheckpointError, DamagedCheckpointError
 from partpar.sharded.checkpoint import ShardedRows
 from partpar.training import checkpoint_files as files
 from partpar.training.checkpoint_state import RANDOM, VALUES, collect, drawn_by, hand_out, wanted
@@ -221,10 +221,8 @@ class Checkpointer:
             except DamagedCheckpointError as wrong:
                 error = str(wrong)
             try:
-                exchange.agree(self._own, f"checkpoint of step {step}", {}, error)
-            except AgreementError:
-                raise
-            except RouteError as told:
+                exchange.agree(self._own, f"checkpoint of step {step}", {}, error, DamagedCheckpointError)
+            except DamagedCheckpointError as told:
                 damaged[step] = str(told)
                 if self._rank == 0:
                     warnings.warn(f"passed over the checkpoint of step {step}: {told}", stacklevel=2)
@@ -266,12 +264,7 @@ class Checkpointer:
         return values
 
     def _agree(self, what: str, fields: dict[str, int], error: str | None) -> None:
-        try:
-            exchange.agree(self._own, what, fields, error)
-        except AgreementError:
-            raise
-        except RouteError as told:
-            raise CheckpointError(f"{self.folder}: {what}: {told}") from None
+        exchange.agree(self._own, what, fields, error, lambda told: CheckpointError(f"{self.folder}: {what}: {told}"))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
