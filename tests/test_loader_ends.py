@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,19 @@ def fifty_case(worker: Worker, root: str) -> None:
     keep.close()
 
 
+def error_of_rank_0(case: Callable[[Worker, str], None], parts: str) -> tuple[str, str]:
+    r"""Kind and message of what two workers of a case, one of which fails, raise on the other."""
+    start = time.monotonic()
+    outcomes = launch(case, 2, parts, check=False, timeout=60)
+    assert time.monotonic() - start < 60
+    error = outcomes[0].error
+    assert error is not None
+    return error
+
+
 @pytest.mark.faults
 def test_a_failing_part_raises_in_the_training_loop(parts: str) -> None:
-    start = time.monotonic()
-    outcomes = launch(failing_case, 2, parts, check=False, timeout=60)
-    assert time.monotonic() - start < 60
-    kind, message = outcomes[0].error
+    kind, message = error_of_rank_0(failing_case, parts)
     assert kind in ("RemoteError", "SamplingError")
     assert "part 1" in message
 
@@ -122,10 +130,7 @@ def failing_case(worker: Worker, root: str) -> None:
 
 @pytest.mark.faults
 def test_a_dead_part_raises_in_the_training_loop(parts: str) -> None:
-    start = time.monotonic()
-    outcomes = launch(dying_case, 2, parts, check=False, timeout=60)
-    assert time.monotonic() - start < 60
-    kind, message = outcomes[0].error
+    kind, message = error_of_rank_0(dying_case, parts)
     assert kind == "PeerLostError"
     assert "part 1" in message
 

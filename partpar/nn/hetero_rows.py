@@ -132,10 +132,10 @@ def join_means(pieces: list[Adjacency], dtype: torch.dtype) -> tuple[Adjacency, 
     return whole, kept(whole, None, ("means of relations", dtype), build)
 
 
-def _joined(pieces: list[Adjacency]) -> tuple[Adjacency, Tensor]:
+def _joined(pieces: list[Adjacency]) -> tuple[Adjacency, Tensor | slice]:
     """One adjacency, and where each of its edges stands when those of the pieces are laid one behind another."""
     if len(pieces) == 1:
-        return pieces[0], torch.arange(pieces[0].num_edges)
+        return pieces[0], slice(None)
 
     def build() -> tuple[list[Adjacency], Adjacency, Tensor]:
         starts, ends, first = [], [], 0
