@@ -45,22 +45,25 @@ NODES = {"paper": 500, "author": 300, "term": 190, "venue": 10}  # thousandths o
 
 @dataclass(frozen=True)
 class Contender:
-    r"""Who trains, on how many ranks with how many threads each, and how."""
+    r"""Who trains, on how many ranks with how many threads each, and how; :obj:`blocks` is what the environment or the
+    script does about large blocks of memory: nothing, ``"huge pages"`` or ``"kept"``, which ``partpar.init`` does unasked."""
 
     name: str
     who: str
     ranks: int = 1
     threads: int = 2
     keep_halo: bool = True
-    tuned: bool = True
+    blocks: str = ""
 
 
 THEIRS, OURS = "PyG RGCNConv 1 x 2", "partpar 2 x 1"
 CONTENDERS = (
-    Contender(THEIRS, "pyg", tuned=False),
-    Contender("PyG RGCNConv 1 x 2, huge pages", "pyg"),
+    Contender(THEIRS, "pyg"),
+    Contender("PyG RGCNConv 1 x 2, huge pages", "pyg", blocks="huge pages"),
+    Contender("PyG RGCNConv 1 x 2, blocks kept", "pyg", blocks="kept"),
     Contender("partpar 1 x 2", "partpar"),
     Contender(OURS, "partpar", ranks=2, threads=1),
+    Contender("partpar 2 x 1, huge pages", "partpar", ranks=2, threads=1, blocks="huge pages"),
     Contender("partpar 2 x 1, features sent", "partpar", ranks=2, threads=1, keep_halo=False),
 )
 
@@ -150,7 +153,9 @@ def rst(rows: list[list[str]], facts: dict[str, Any], held: dict[str, Claim]) ->
         f"balanced, cuts {two['edge_cut']:.1%} of the edges into 2 parts, of which the larger is {max(two['balance'].values()):.2f} of "
         "the mean in the worst type. An epoch is forward pass, loss, backward pass and Adam's step of an RGCN with two layers. "
         "*n x t* is n workers of t threads; *sent* is per epoch, by all workers; *peak* is the largest worker's memory above "
-        "what torch and PyG take when imported. *Features sent* exchanges input rows in each epoch, instead of once."
+        "what torch and PyG take when imported. *Features sent* exchanges input rows in each epoch, instead of once. All start as "
+        "``torchrun`` starts them, without settings; *huge pages* has ``THP_MEM_ALLOC_ENABLE=1`` in the environment, and *blocks "
+        "kept* tells glibc to keep large blocks, as ``partpar.init`` does by itself."
     )
     lines = ["Training on a typed graph", "=========================", "", *textwrap.wrap(text, 120), ""]
     lines += [f"- {c.text}: {'yes' if c.holds else 'no'}, {c.found:.3f}." for c in held.values()]
@@ -189,7 +194,7 @@ def main() -> None:
         for contender in track(chosen, f"round {number + 1} of {args.rounds}", console=console):
             case = asdict(contender) | {
                 "folder": str(folder), "sizes": (args.features, args.hidden, CLASSES), "warm": 2, "model": "rgcn",
-                "epochs": args.epochs, "edge_types": facts["edge_types"],
+                "tuned": contender.blocks == "huge pages", "epochs": args.epochs, "edge_types": facts["edge_types"],
             }  # fmt: skip
             runs[contender.name].append(launch("hetero_worker.py", case, contender.ranks, contender.threads))
     results = {name: summarise(rounds) for name, rounds in runs.items()}

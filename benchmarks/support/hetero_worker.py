@@ -99,7 +99,7 @@ def partpar_epoch(case: dict[str, Any]) -> Iterator[tuple[Callable[[], Tensor], 
     from partpar.nn import global_mean, keep_halos
     from partpar.training import init
 
-    with init(threads=case["threads"], allocator=case["tuned"], quiet=True) as worker:
+    with init(threads=case["threads"], quiet=True) as worker:
         share = GraphData.load_partition(case["folder"], worker.rank, worker.world_size)
         route, edges, owned = share.to_route(), share.adj_dict(), share.node(TARGET)
         y, mask = owned["y"], owned["train_mask"]
@@ -121,6 +121,10 @@ def main() -> None:
     case = json.loads(sys.argv[1])
     case["edge_types"] = [tuple(edge_type) for edge_type in case["edge_types"]]
     if case["who"] == "pyg":
+        if case["blocks"] == "kept":
+            from partpar.training.machine import tune_allocator
+
+            assert tune_allocator()
         result = measure(*pyg_epoch(case), case)
     else:
         with partpar_epoch(case) as made:

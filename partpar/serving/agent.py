@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from partpar import lost
 from partpar.errors import ServiceError
+from partpar.serving import arrival
 from partpar.serving.outbox import Outbox
 from partpar.serving.transport import Tensors, Values, Verbs
 
@@ -61,6 +62,10 @@ def start(
         store: One that all of them share, and that nobody started an agent over before: prefix it.
         timeout: Seconds that anything may take.
         num_threads: How many questions are answered at a time.
+
+    Raises:
+        PeerLostError: One of them is gone, or did not come in time.
+        ServiceError: They came, but could not be connected.
     """
     global _leases, _store, _given
     from torch.distributed import autograd, rpc
@@ -72,6 +77,7 @@ def start(
         _given = store
         if hasattr(store, "clone"):  # so that its calls may be bounded otherwise than the others'
             store = store.clone()
+        arrival.await_all(store, name, rank, world_size, timeout, lost.fate if name == worker_name(rank) else lambda _: None)
         # It listens where the process group does: on loopback, for workers of one machine.
         if "GLOO_SOCKET_IFNAME" in os.environ:
             os.environ.setdefault("TP_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
@@ -86,7 +92,8 @@ def start(
             autograd._init(rank)
             try:
                 backend: Any = rpc.backend_registry.BackendType
-                rpc._init_rpc_backend(backend.TENSORPIPE, store, name, rank, world_size, options)
+                with arrival.bounded(timeout):
+                    rpc._init_rpc_backend(backend.TENSORPIPE, store, name, rank, world_size, options)
             except RuntimeError as error:
                 raise ServiceError(
                     f"{name}: expected {world_size} processes to start their remote service within {timeout:g} s, "
