@@ -125,8 +125,13 @@ def blame(
     return RankLostError(f"rank {rank} awaited others{waited} in {call}: {inquiry.verdict(answered)} ({cause})")
 
 
-def fate(rank: int) -> str | None:
-    r"""What is known to have befallen a rank of the default group; :obj:`None` where nothing is."""
+def fate(rank: int, stopped: bool = True) -> str | None:
+    r"""What is known to have befallen a rank of the default group; :obj:`None` where nothing is.
+
+    Args:
+        rank: Which.
+        stopped: Whether to tell as well that its process is stopped: it may go on.
+    """
     said: list[str] = []
 
     def ask() -> None:
@@ -139,7 +144,10 @@ def fate(rank: int) -> str | None:
     if not dist.is_initialized():
         return None
     _within(_PATIENCE, ask)
-    return _fate(rank, _processes.get(rank), said[0] if said else None)
+    process = _processes.get(rank)
+    if not stopped and process is not None and process.state() == "stopped":
+        process = None
+    return _fate(rank, process, said[0] if said else None)
 
 
 def _fate(rank: int, process: _Process | None, failure: str | None) -> str | None:

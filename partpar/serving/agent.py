@@ -77,7 +77,8 @@ def start(
         _given = store
         if hasattr(store, "clone"):  # so that its calls may be bounded otherwise than the others'
             store = store.clone()
-        arrival.await_all(store, name, rank, world_size, timeout, lost.fate if name == worker_name(rank) else lambda _: None)
+        known = name == worker_name(rank)  # else this process has no rank in the default group, or another one
+        arrival.await_all(store, name, rank, world_size, timeout, lost.fate if known else lambda *_: None)
         # It listens where the process group does: on loopback, for workers of one machine.
         if "GLOO_SOCKET_IFNAME" in os.environ:
             os.environ.setdefault("TP_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])

@@ -43,6 +43,7 @@ POINTS = {
     "exchange": "partpar.exchange:send_rows",
     "loss": "partpar.nn.loss:global_mean",
     "step": "torch.optim.sgd:SGD.step",
+    "start": "partpar.serving.agent:start",
     "sampling": "partpar.serving.service:Service.hop_begin",
     "answer": "partpar.serving.transport:Verbs.answer",
     "fetch": "partpar.serving.service:Service.fetch_all_begin",

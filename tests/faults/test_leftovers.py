@@ -61,3 +61,17 @@ def test_ctrl_c_leaves_nothing(number: int, tmp_path: Path) -> None:
     assert not [process for process in seen if process.is_running()]
     after = {path.name for path in Path("/tmp").glob("partpar-*")} | {path.name for path in Path("/dev/shm").iterdir()}
     assert not {name for name in after - before if name.startswith(("partpar", "torch_", "psm_"))}
+
+
+def test_ctrl_c_while_a_worker_is_awaited(tmp_path: Path) -> None:
+    r"""Others wait for rank 1 in the start of the service, which it does not live to see."""
+
+    def interrupt(processes: list[subprocess.Popen]) -> None:
+        time.sleep(10)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+
+    fault = Fault("delay", 1, "start", 1, seconds=60)
+    done = run("train", 3, fault, "batches", str(tmp_path), "1000000", timeout=50.0, meanwhile=interrupt)
+    assert all(worker.code not in (None, 0) for worker in done.workers), str(done)
+    assert not any("step " in worker.text for worker in done.workers), str(done)

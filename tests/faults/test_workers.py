@@ -18,6 +18,7 @@ PLACES = [
     ("full", "forward", 5),
     ("full", "backward", 5),
     ("full", "route.apply", 7),
+    ("batches", "start", 1),
     ("batches", "sampling", 9),
     ("batches", "answer", 9),
     ("batches", "fetch", 9),
