@@ -6,6 +6,8 @@ alone, with no process group at all.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
 import socket
 import sys
@@ -156,6 +158,13 @@ def _keep_to_this_machine(launch: Launch, allow_network: bool) -> None:
         )
 
 
+def _tell_of_crashes() -> None:
+    """Has Python say where it was when a library ends the process, as gloo does when more bytes come than it awaits."""
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # a standard error without a file
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
+
+
 def _set_allocator() -> str:
     r"""Makes large blocks cheap; returns how. Huge pages do so without keeping what is freed, so they come
     first."""
@@ -258,6 +267,7 @@ def init(
     if threads is not None or not _threads_are_given(launch):
         torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
     blocks = _set_allocator() if allocator else "as the system sets it"
+    _tell_of_crashes()
 
     if dist.is_initialized():
         context = Context(

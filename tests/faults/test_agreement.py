@@ -4,6 +4,7 @@ them, with the call."""
 from __future__ import annotations
 
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,28 @@ def skip(worker: Worker, on: str, timeout: float = TIMEOUT) -> None:
         if worker.rank != 1:
             route.apply(torch.ones(6, 4))
         global_mean(torch.ones(6), **where)
+
+
+def wider(worker: Worker) -> None:
+    r"""Both kinds were seen, and more bytes come to rank 1 than it awaits."""
+    with training.init(timeout=TIMEOUT, quiet=True, allocator=False):
+        route = ring(worker)
+        warm(route, (4, torch.float32), (64, torch.float32))
+        route.apply(torch.ones(6, 64 if worker.rank == 2 else 4))
+        global_mean(torch.ones(6), route=route)
+
+
+@pytest.mark.faults
+def test_a_rank_that_gloo_ends_says_where_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    first, second, third = launch(wider, 3, init=False, check=False, timeout=60)
+    assert second.error is None
+    assert second.exit_code == -signal.SIGABRT
+    for outcome in (first, third):
+        assert outcome.error is not None
+        assert outcome.error[0] == "RankLostError"
+        assert re.search(r"rank 1 \(process \d+\) is gone", outcome.error[1]), outcome
+    told = capfd.readouterr().err
+    assert re.search(r"Fatal Python error: Aborted.*route\.py.* in apply\n.*test_agreement\.py.* in wider\n", told, re.DOTALL)
 
 
 def messages(outcomes: list[Outcome], kind: str) -> list[str]:
