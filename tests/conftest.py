@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported bel
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def gang() -> Iterator[Gang]:
 def world_size(request: pytest.FixtureRequest) -> int:
     r"""1, 2, 3 and 4 ranks, or those that ``PARTPAR_TEST_WORLD_SIZES="2"`` names."""
     return int(request.param)
+
+
+@pytest.fixture
+def fresh_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""No share counts as checked before: what was read once is remembered in a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

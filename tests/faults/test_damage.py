@@ -26,7 +26,7 @@ from partpar.graph.collection import GraphCollection
 from partpar.partition.digest import file_digest
 from partpar.training import Checkpointer
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("fresh_stamps")]
 
 TRIALS = 200
 FOLDER = "random_2"
@@ -38,11 +38,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
     GraphData.from_pyg_data(directed_graph()).partition_graph(root, 2, algorithm="random")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _fresh_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing counts as verified before
 
 
 def read_all(root: Path) -> list[dict[str, torch.Tensor]]:
