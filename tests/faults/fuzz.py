@@ -14,11 +14,14 @@ import random
 import re
 import resource
 import shutil
+import socket
+import struct
 import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ import torch
 from parts import serve, shares_of, typed_graph
 
 from partpar.cli import hosts as hosts_module
-from partpar.errors import PartparError
+from partpar.errors import PartparError, ServiceError
 from partpar.partition import load, manifest
 from partpar.partition.manifest import FileRecord, Manifest
+from partpar.sampling import relay, wire
 from partpar.serving import hop, messages, owner, protocol, raw_ids, service, transport
 from partpar.serving.messages import HopReply, HopRequest
 
@@ -50,7 +54,7 @@ class Targets:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._verbs: transport.Verbs | None = None
+        self._service: service.Service | None = None
 
     def run(self, name: str, data: bytes) -> bool:
         r"""Whether an input was accepted; refusing it by an error of ours is as well."""
@@ -121,10 +125,44 @@ class Targets:
                 rows = torch.arange(read.counts.numel())
                 HopReply.merge([read, read], [rows, rows + rows.numel()], 2 * rows.numel())
             return
-        if self._verbs is None:
-            self._verbs = serve(shares_of(typed_graph(), 2, self.folder / "parts")).owner.verbs
-        answer = self._verbs.answer(verb, tensors, values)
+        answer = self.parts.owner.verbs.answer(verb, tensors, values)
         assert sum(tensor.nbytes for tensor in answer.values()) <= ANSWER
+
+    def relay(self, data: bytes) -> None:
+        r"""A question of a process that makes batches, as it comes through its socket: frames, written down as JSON. One is
+        a tree that is written as JSON itself, text that is written as it is, or a number of zeros, of which not all may come."""
+        try:
+            frames = json.loads(data)["frames"]
+            stream = b"".join(_frame(frame) for frame in frames)
+        except (LookupError, ValueError, TypeError, RecursionError, struct.error):
+            return  # not written down well
+        ours, theirs = socket.socketpair()
+        with ours, connection.Connection(theirs.detach()) as line:
+            ours.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                ours.sendall(stream)
+            ours.shutdown(socket.SHUT_WR)
+            try:
+                tensors, values = wire.receive(line)
+            except (EOFError, OSError) as error:
+                raise ServiceError("it ended before all had come") from error
+        answer = relay.Questions(self.parts).answer(tensors, values)
+        assert sum(tensor.nbytes for tensor in answer.values()) <= ANSWER
+
+    @property
+    def parts(self) -> service.Service:
+        r"""Of a typed graph in two parts."""
+        if self._service is None:
+            self._service = serve(shares_of(typed_graph(), 2, self.folder / "parts"))
+        return self._service
+
+
+def _frame(frame: Any) -> bytes:
+    r"""What goes over the line for a frame: its length, and as much of it as there is."""
+    if isinstance(frame, int):
+        return struct.pack("!i", frame) + bytes(min(max(frame, 0), 1 << 16))
+    body = frame.encode("latin-1") if isinstance(frame, str) else json.dumps(frame).encode()
+    return struct.pack("!i", len(body)) + body
 
 
 def _told(share: bytes) -> dict[str, list[Any]]:
@@ -234,13 +272,18 @@ def answer_without_bound() -> None:
     owner.MAX_BYTES = 1 << 60
 
 
+def take_any_shape() -> None:
+    wire._column = lambda name, dtype, shape: (name, getattr(torch, dtype), shape)  # type: ignore[assignment]
+
+
 MUTANTS: dict[str, tuple[str, Callable[[], None]]] = {
     "take_any_file_name": ("manifest", take_any_file_name),
     "look_at_no_indices": ("share", look_at_no_indices),
     "take_any_address": ("hosts", take_any_address),
     "answer_without_bound": ("call", answer_without_bound),
+    "take_any_shape": ("relay", take_any_shape),
 }
-TARGETS = ("manifest", "share", "hosts", "call")
+TARGETS = ("manifest", "share", "hosts", "call", "relay")
 
 # --- a process of its own ----------------------------------------------------------------------------------------------
 
@@ -266,7 +309,7 @@ def main(target: str, seconds: str, mutant: str | None = None) -> None:
     import atheris
 
     torch.set_num_threads(1)
-    for module in (manifest, load, hosts_module, messages, transport, owner, hop, protocol, raw_ids, service):
+    for module in (manifest, load, hosts_module, messages, transport, owner, hop, protocol, raw_ids, service, wire, relay):
         for function in functions(module):
             atheris.instrument_func(function)
     owner.MAX_BYTES = transport.MAX_BYTES = ANSWER
