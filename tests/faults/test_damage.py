@@ -112,6 +112,7 @@ class Kept:
         self.tensors = {name: state[name] for name in self.tensors}
 
 
+@pytest.mark.timed("200 damaged checkpoints")
 @pytest.mark.parametrize("name", ["checkpoint.json", "SHA256SUMS", "000.safetensors"])
 @pytest.mark.parametrize("edit", [flip, truncate], ids=["flips", "truncations"])
 def test_a_damaged_checkpoint_is_never_taken_for_whole(name: str, edit: Edit, tmp_path: Path) -> None:
@@ -172,6 +173,7 @@ def test_a_pickle_is_not_unpickled(name: str, whole: Path, tmp_path: Path) -> No
     assert canary.exists()
 
 
+@pytest.mark.timed("a manifest that leads out of its folder")
 @pytest.mark.parametrize("name", ["../../outside.safetensors", "/etc/passwd", "..", "a/../000.safetensors", "", ".", "\0"])
 def test_a_manifest_does_not_lead_out_of_its_folder(name: str, whole: Path, tmp_path: Path) -> None:
     root = shutil.copytree(whole, tmp_path / "copy")
@@ -181,6 +183,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(name: str, whole: Path, tmp_
         read_all(root)
 
 
+@pytest.mark.timed("a link as share, manifest or partition")
 def test_a_link_as_share_is_refused(whole: Path, tmp_path: Path) -> None:
     root = shutil.copytree(whole, tmp_path / "copy")
     share = root / FOLDER / "000.safetensors"
@@ -190,6 +193,7 @@ def test_a_link_as_share_is_refused(whole: Path, tmp_path: Path) -> None:
         read_all(root)
 
 
+@pytest.mark.timed("a link as share, manifest or partition")
 def test_a_link_as_partition_is_refused(whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()

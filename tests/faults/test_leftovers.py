@@ -63,6 +63,7 @@ def test_ctrl_c_leaves_nothing(number: int, tmp_path: Path) -> None:
     assert not {name for name in after - before if name.startswith(("partpar", "torch_", "psm_"))}
 
 
+@pytest.mark.timed("Ctrl-C after 10 s, while a worker is awaited")
 def test_ctrl_c_while_a_worker_is_awaited(tmp_path: Path) -> None:
     r"""Others wait for rank 1 in the start of the service, which it does not live to see."""
 

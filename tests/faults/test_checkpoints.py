@@ -23,8 +23,8 @@ from partpar.training.checkpoint_files import steps_in
 
 pytestmark = pytest.mark.faults
 
-TESTS = Path(__file__).resolve().parent
-EXAMPLES = TESTS.parent / "examples"
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[1] / "examples"
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1",
 ]  # fmt: skip
@@ -43,9 +43,10 @@ def start(command: list[Any], folder: Path, kill: str = "") -> subprocess.Comple
 KILLS = {"write:0:3": 2, "marker:0:3": 2, "rename:0:3": 2, "renamed:0:3": 3, "rename:0:4": 3, "renamed:0:4": 3}
 
 
+@pytest.mark.timed("kill while a checkpoint is written, before and after its rename")
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_kill_leaves_whole_checkpoints(kill: str, tmp_path: Path) -> None:
-    done = start([sys.executable, TESTS / "killed_child.py", TESTS / "saving_child.py", tmp_path], tmp_path, kill)
+    done = start([sys.executable, HERE / "killed_child.py", HERE / "saving_child.py", tmp_path], tmp_path, kill)
     assert done.returncode == -signal.SIGKILL, done.stderr
     newest = KILLS[kill]
     assert steps_in(tmp_path)[-1] == newest
@@ -91,6 +92,7 @@ def without_a_kill(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     return run
 
 
+@pytest.mark.timed("kill in a job that torchrun starts anew, until it has ended")
 @pytest.mark.parametrize(
     ("example", "kill", "rank"),
     [(FULL_GRAPH, "step", 1), (FULL_GRAPH, "write", 1), (FULL_GRAPH, "rename", 0), (MINI_BATCH, "step", 1), (EMBEDDING, "step", 0)],
@@ -107,7 +109,7 @@ def test_a_job_started_anew_ends_as_one_that_never_stopped(
     # A step beyond the second checkpoint (an epoch has four or five batches), or its file, or its rename.
     call = {"write": 2, "rename": 2, "step": 22 if example is MINI_BATCH else 6}[kill]
     checkpoints = ["--checkpoint-dir", "checkpoints", "--checkpoint-every", "2", "--resume"]
-    command = [*TORCHRUN, "--max-restarts", "2", TESTS / "killed_child.py", EXAMPLES / script, *words, *checkpoints]
+    command = [*TORCHRUN, "--max-restarts", "2", HERE / "killed_child.py", EXAMPLES / script, *words, *checkpoints]
     broken = start([*command, "--metrics", "broken.jsonl"], tmp_path, f"{kill}:{rank}:{call}")
     assert broken.returncode == 0, broken.stderr
     found = records(tmp_path / "broken.jsonl")
