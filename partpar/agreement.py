@@ -168,7 +168,7 @@ class _Calls:
 
 
 _calls: WeakKeyDictionary[ProcessGroup, _Calls] = WeakKeyDictionary()
-_KINDS = {"send_rows": 1, "swap_rows": 2, "all_reduce": 3}
+_KINDS = {"send_rows": 1, "swap_rows": 2, "all_reduce": 3, "all_gather": 4}
 
 
 def note(group: ProcessGroup, kind: str, rows: Tensor) -> None:
@@ -179,7 +179,7 @@ def note(group: ProcessGroup, kind: str, rows: Tensor) -> None:
         kind: Of exchange.
         rows: What is sent; dtype and width must be alike on all ranks, their number need not.
     """
-    shape = rows.shape if kind == "all_reduce" else rows.shape[1:]
+    shape = rows.shape if kind.startswith("all_") else rows.shape[1:]
     if DEBUG:
         agree(beside(group), f"{kind} of {str(rows.dtype).removeprefix('torch.')} {list(shape)}", {})
     calls = _calls.get(group)

@@ -24,7 +24,7 @@ from partpar.groups import forget_groups, own_group, rank_and_size, wire_device
 from partpar.lost import awaiting
 
 __all__ = [
-    "Checks", "Meter", "RowsInFlight", "agree", "all_reduce_sum", "all_to_all", "bytes_on_wire", "forget_groups", "meter",
+    "Checks", "Meter", "RowsInFlight", "agree", "all_gather", "all_reduce_sum", "all_to_all", "bytes_on_wire", "forget_groups", "meter",
     "own_group", "rank_and_size", "send_rows", "swap_rows", "tensor_fields",
 ]  # fmt: skip
 
@@ -162,11 +162,17 @@ def swap_rows(
 # --- small reductions -----------------------------------------------------------------------------------------------
 
 
+# Elements up to which each rank adds up all ranks' numbers itself: gloo then sends half as many messages one after the other.
+_FEW = 4096
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         agreement.note(group, "all_reduce", x)
+        if x.numel() <= _FEW and wire_device(group).type == "cpu":
+            return _gather(x, group).sum(0, dtype=x.dtype)
         start = time.perf_counter()
         wire = x.detach().to(wire_device(group), copy=True, memory_format=torch.contiguous_format)
         with awaiting(group):
@@ -182,3 +188,21 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     r"""Sum over all ranks, the same on each; its gradient is the sum of all ranks' gradients. The identity when alone."""
     return x if group is None else _AllReduceSum.apply(x, group)
+
+
+def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    r"""``[ranks, *]``, the tensors of all ranks, which are of one shape; without gradient."""
+    if group is None:
+        return x.detach().unsqueeze(0)
+    agreement.note(group, "all_gather", x)
+    return _gather(x.detach(), group)
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    start = time.perf_counter()
+    wire = x.to(wire_device(group)).contiguous()
+    out = wire.new_empty((dist.get_world_size(group), *wire.shape))
+    with awaiting(group):
+        dist.all_gather(list(out.unbind()), wire, group=group)
+    meter.seconds += time.perf_counter() - start
+    return out.to(x.device)

@@ -76,7 +76,14 @@ def local_statistics(patch: Patch, share: HandmadeShare) -> None:
 
 
 def local_statistics_backwards(patch: Patch, share: HandmadeShare) -> None:
-    patch.setattr(exchange._AllReduceSum, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+    backward = nn.norm._Normalise.backward
+
+    def mutant(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with patch.context() as alone:
+            alone.setattr(exchange, "all_reduce_sum", lambda x, group: x)
+            return backward(ctx, *grads)
+
+    patch.setattr(nn.norm._Normalise, "backward", staticmethod(mutant))
 
 
 def rank_weighted_statistics(patch: Patch, share: HandmadeShare) -> None:

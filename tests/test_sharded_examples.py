@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -125,6 +127,19 @@ def test_batches_are_those_of_pyg(gang: Gang, world_size: int) -> None:
     counts = [len(batch.batch.unique()) for batch in dealt]
     assert max(counts) - min(counts) <= 1
     assert mean(counts) == 5 / world_size
+
+
+@pytest.mark.parametrize(("words", "columns"), [([], 3), (["--use_node_attr"], 5)])
+def test_nodes_are_known_by_their_labels_unless_attributes_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], columns: int
+) -> None:
+    graphs = collection()
+    num_nodes = int(graphs.node_ptr[-1])
+    graphs = replace(graphs, node_label=torch.arange(num_nodes) % 3, node_attr=torch.full((num_nodes, 2), 800.0))
+    example = runpy.run_path(str(EXAMPLES / "graph_classification.py"))
+    monkeypatch.setattr(sys, "argv", ["graph_classification.py", "--npz", "some.npz", *words])
+    rows = example["inputs"](example["parse"](), graphs, torch.tensor([1, 5]))
+    assert rows.tolist() == [[0, 1, 0, 800, 800][:columns], [0, 0, 1, 800, 800][:columns]]
 
 
 def test_a_file_without_graphs_is_refused(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Dropout(torch.nn.Module):
             self.p, self.seed, step_of(self._advance), self.layer, ids.to(x.device), columns
         )
         scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
-        return torch.where(dropped.view(x.shape), 0.0, x * scale)
+        return (x * scale).masked_fill(dropped.view(x.shape), 0.0)
 
     def _advance(self) -> int:
         step = int(self.step)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg_nn
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from partpar import exchange
 from partpar.hetero_route import HeteroRoute
@@ -53,32 +54,13 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
                 return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
             return super().forward(input)
 
-        # Each rank's rows about their own mean, then the means of all ranks about theirs: numbers stay small.
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        # Any centre gives the same result, so no gradient need flow through it.
-        centre = x.detach().sum(0) / max(x.size(0), 1)
-        x = x - centre
-        own = torch.stack([x.sum(0), x.square().sum(0), centre, torch.full_like(centre, x.size(0))]).double()
-        sums, squares, centres, counts = _gather(own, route).unbind(1)  # [ranks, F] each
-        count = int(counts[:, 0].sum())
-        if count <= 1:  # as torch says it
-            raise ValueError(
-                "Expected more than 1 value per channel when training, got input size "
-                f"{torch.Size([count, x.size(1)])}"
-            )
-        middle = (counts * centres).sum(0).detach() / count
-        away = centres - middle
-        shift = (sums + counts * away).sum(0) / count  # the mean less the middle
-        var = (squares + 2 * away * sums + counts * away.square()).sum(0) / count - shift.square()
-        self._track(middle + shift.detach(), var.detach(), count)
-
-        scale = (var + self.eps).rsqrt().to(x.dtype)
-        if self.weight is not None:
-            scale = scale * self.weight
-        offset = (centre.double() - middle - shift).to(x.dtype) * scale
-        if self.bias is not None:
-            offset = offset + self.bias
-        return torch.addcmul(offset, x, scale).to(input.dtype)
+        mean, var, count = _moments(x.detach(), route)
+        self._track(mean, var, count)
+        out, _ = _Normalise.apply(x, mean, var, count, self.eps, route.group)
+        if self.weight is None:
+            return out.to(input.dtype, copy=True)  # the caller's own, to be changed in place
+        return torch.addcmul(self.bias, out, self.weight).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -91,11 +73,55 @@ class SyncBatchNorm(torch.nn.BatchNorm1d):
         self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
 
 
+class _Normalise(torch.autograd.Function):
+    r"""Rows less the mean of all ranks' rows, over their deviation; and the inverse of that deviation.
+
+    The backward pass uses nothing but these two outputs, so it may itself be differentiated, any number of times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, count: int, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        # In two steps, as the mean itself may not be a number of the rows' dtype.
+        near = mean.to(x.dtype)
+        inverse = (var + eps).rsqrt().to(x.dtype)
+        out = (x - near).sub_((mean - near).to(x.dtype)).mul_(inverse)
+        ctx.count, ctx.group = count, group
+        ctx.save_for_backward(out, inverse)
+        return out, inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_inverse: Tensor) -> tuple[Tensor | None, ...]:
+        out, inverse = ctx.saved_tensors
+        sums = torch.stack([grad.sum(0), (grad * out).sum(0) + grad_inverse * inverse])
+        of_mean, of_deviation = (exchange.all_reduce_sum(sums, ctx.group) / ctx.count).unbind()
+        return (grad - torch.addcmul(of_mean, out, of_deviation)) * inverse, None, None, None, None, None
+
+
+def _moments(x: Tensor, route: Route | HeteroRoute) -> tuple[Tensor, Tensor, int]:
+    r"""Mean and variance over the rows of all ranks, in float64, and their number (collective)."""
+    # Each rank's rows about their own mean, then the means of all ranks about theirs: numbers stay small.
+    centre = x.sum(0) / max(x.size(0), 1)
+    x = x - centre
+    own = torch.stack([x.sum(0), x.square().sum(0), centre, torch.full_like(centre, x.size(0))]).double()
+    sums, squares, centres, counts = _gather(own, route).unbind(1)  # [ranks, F] each
+    count = int(counts[:, 0].sum())
+    if count <= 1:  # as torch says it
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{torch.Size([count, x.size(1)])}"
+        )
+    middle = (counts * centres).sum(0) / count
+    away = centres - middle
+    shift = (sums + counts * away).sum(0) / count  # the mean less the middle
+    var = (squares + 2 * away * sums + counts * away.square()).sum(0) / count - shift.square()
+    return middle + shift, var, count
+
+
 def _gather(own: Tensor, route: Route | HeteroRoute) -> Tensor:
-    """``[ranks, *]``, the tensors of all ranks; one small reduction."""
-    slots = own.new_zeros((route.world_size, *own.shape))
-    slots = slots.index_copy(0, torch.tensor([route.rank], device=own.device), own.unsqueeze(0))
-    return exchange.all_reduce_sum(slots, route.group)
+    """``[ranks, *]``, the tensors of all ranks."""
+    return exchange.all_gather(own, route.group)
 
 
 class BatchNorm(pyg_nn.BatchNorm):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,17 @@ _owned_first: WeakKeyDictionary[Route, bool] = WeakKeyDictionary()
 def takes_route(module: object) -> bool:
     r"""Whether a module's ``forward`` has an argument called ``route``, or :func:`~partpar.nn.route_model` gave it one."""
     forward: Any = getattr(module, "forward", module)
-    return getattr(module, "_is_routed", False) or "route" in inspect.signature(forward).parameters
+    if getattr(module, "_is_routed", False):
+        return True
+    return _method_takes_route(forward.__func__) if hasattr(forward, "__func__") else _names_route(forward)
+
+
+def _names_route(function: Callable[..., Any]) -> bool:
+    return "route" in inspect.signature(function).parameters
+
+
+# Asked at every call of a layer, and reading a signature takes longer than a small layer does.
+_method_takes_route = lru_cache(maxsize=None)(_names_route)
 
 
 def call(module: torch.nn.Module, x: Tensor, route: Route | None) -> Tensor:
