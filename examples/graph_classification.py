@@ -99,8 +99,7 @@ def run_fold(
     if args.use_dist_embedding:
         model.gnn.set_num_embeddings(int(graphs.node_label.max()) + 1)
         sparse = SparseAdam(model.gnn.embeddings, lr=args.lr, scale_grad=1 / worker.world_size)
-    # Running statistics are the same everywhere: there is nothing to broadcast.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if worker.world_size > 1 else model
+    parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
     draw = torch.Generator().manual_seed(seed)
