@@ -9,7 +9,7 @@ import pytest
 import torch
 from gang import Gang, Worker, launch
 
-from partpar.sharded import DistEmbedding, DistTensor, Normal, SparseAdagrad, SparseAdam, node_split
+from partpar.sharded import DistEmbedding, DistTensor, Normal, SparseAdagrad, SparseAdam, lookup, node_split
 
 
 def wrong(worker: Worker, what: str) -> None:
@@ -38,6 +38,9 @@ def wrong(worker: Worker, what: str) -> None:
     elif what == "other tensor":
         u = DistTensor((10, 3), name="u")
         (u if bad else t)[ids]
+    elif what == "table":
+        tables = [DistEmbedding(10, 3), DistEmbedding(10, 3)]
+        lookup({tables[0]: ids, (t if bad else tables[1]): ids})  # type: ignore[dict-item]
     elif what == "policy":
         DistTensor((10, 3), name="v", part_policy=(0, 5, 9 if bad else 10))
     elif what == "disagree":
@@ -60,6 +63,7 @@ def wrong(worker: Worker, what: str) -> None:
         ("shape", "RouteError", "choose another name"),
         ("other call", "AgreementError", "ranks are in different calls: rank 0 in gather of t, rank 1 in scatter of t"),
         ("other tensor", "AgreementError", "rank 0 in gather of t, rank 1 in gather of u"),
+        ("table", "RouteError", "lookup: expected {DistEmbedding: ids}, found a DistTensor"),
         ("policy", "RouteError", "expected 10 rows in as many parts as there are workers (2), found 9 rows in 2 parts"),
         ("disagree", "AgreementError", "ranks disagree on size of dimension 1: rank 0 has 3, rank 1 has 4"),
         ("init", "RouteError", "init_func: expected a tensor of shape (5, 3), found shape (1,)"),
@@ -88,6 +92,7 @@ def test_mistakes_of_one_rank_raise_on_all(gang: Gang, what: str, kind: str, mes
         lambda: SparseAdagrad([DistEmbedding(4, 2)], reduction="max"),
         lambda: SparseAdam([DistEmbedding(4, 2)], betas=(1.0, 0.9)),
         lambda: DistTensor(()),
+        lambda: lookup({DistTensor((3, 2)): torch.tensor([1])}),  # type: ignore[dict-item]
         lambda: DistTensor((3, 0)),
         lambda: DistTensor((3,), torch.int64, init_func=Normal()),
         lambda: node_split(torch.tensor([1, 2])),

@@ -77,6 +77,30 @@ class ShardedRows(Tensor):
         return self.local
 
 
+def numbering_of(shard: Shard) -> Tensor:
+    r"""What a state says of the meaning of ids; see :class:`~partpar.sharded.PartPolicy`."""
+    return torch.tensor(shard.policy.numbering)
+
+
+def check_numbering(found: Any, shard: Shard) -> None:
+    r"""Compares the meaning of ids in a state with that of a shard's.
+
+    Args:
+        found: Of :func:`numbering_of`; :obj:`None` where a state does not say.
+        shard: Which is to take the rows.
+
+    Raises:
+        RouteError: They differ, so that each row would become another's.
+    """
+    expected = shard.policy.numbering
+    if isinstance(found, Tensor) and int(found) != expected:
+        of = [f"partition {n:015x}" if n else "no partition" for n in (expected, int(found))]
+        raise RouteError(
+            f"{shard.name}: expected rows by the ids of {of[0]}, found rows by those of {of[1]}, where a row is another "
+            "node's; resume on the partition that they were learned on, or keep rows by raw ids, without part_policy=share"
+        )
+
+
 def copy_rows(found: Any, shard: Shard, into: Tensor | None = None) -> None:
     r"""Takes rows from a state over into a shard's, or into others that are laid out like them.
 

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from partpar.errors import RouteError
 from partpar.graph import GraphData
 from partpar.sharded import swap
-from partpar.sharded.checkpoint import ShardedRows, copy_rows
+from partpar.sharded.checkpoint import ShardedRows, check_numbering, copy_rows, numbering_of
 from partpar.sharded.initializers import InitFunc
 from partpar.sharded.policy import PartPolicy
 from partpar.sharded.tensor import DistTensor, check_ids
@@ -97,6 +97,7 @@ class DistEmbedding(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = ShardedRows.of(self.weight.shard)
+        destination[prefix + "numbering"] = numbering_of(self.weight.shard)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _, _, missing_keys, _, error_msgs = args
@@ -104,6 +105,7 @@ class DistEmbedding(torch.nn.Module):
             missing_keys.append(prefix + "weight")
             return
         try:
+            check_numbering(state_dict.get(prefix + "numbering"), self.weight.shard)
             copy_rows(state_dict[prefix + "weight"], self.weight.shard)
         except RouteError as error:
             error_msgs.append(str(error))
@@ -120,14 +122,20 @@ def lookup(ids_of: Mapping[DistEmbedding, Tensor]) -> dict[DistEmbedding, Tensor
         For each table ``[n, D]``.
 
     Raises:
-        RouteError: Tables are of different groups, or ids do not fit; on every rank.
+        RouteError: Something is no table, tables are of different groups, or ids do not fit; on every rank.
     """
-    tables = list(ids_of)
+    tables = [table for table in ids_of if isinstance(table, DistEmbedding)]
+    odd = next((type(other).__name__ for other in ids_of if not isinstance(other, DistEmbedding)), None)
+    no_table = None if odd is None else RouteError(
+        f"lookup: expected {{DistEmbedding: ids}}, found a {odd}; rows of a DistTensor are tensor[ids]"
+    )  # fmt: skip
+    if no_table is not None and not tables:
+        raise no_table
     if len({id(table.weight.group) for table in tables}) > 1:
         raise RouteError("lookup: expected tables of one process group, found several; look each group's up by itself")
     found: dict[DistEmbedding, Tensor] = {}
     for start in range(0, len(tables), swap.MOST_TENSORS):
-        some, error, checked = tables[start : start + swap.MOST_TENSORS], None, []
+        some, error, checked = tables[start : start + swap.MOST_TENSORS], no_table, []
         for table in some:
             ids, wrong = check_ids(table.name, ids_of[table])
             checked.append(ids)

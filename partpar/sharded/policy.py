@@ -3,7 +3,7 @@ r"""Which worker keeps which rows: ranges of ids, as everywhere."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ class PartPolicy:
 
     Args:
         offsets: ``num_parts + 1`` numbers that rise from 0 to the number of rows.
+        numbering: What ids mean: a number of the partition whose ids they are, 0 for ids that belong to none.
     """
 
     offsets: tuple[int, ...]
+    numbering: int = field(default=0, compare=False)  # told when rows are loaded, for rows of other ids are others'
 
     def __post_init__(self) -> None:
         steps = np.diff(self.offsets)
@@ -53,7 +55,7 @@ def node_policy(share: GraphData, node_type: str | None = None) -> PartPolicy:
         share: A worker's share, or a whole graph.
         node_type: Whose nodes; may be left out where there is one type.
     """
-    return PartPolicy(tuple(share.offsets(node_type).tolist()))
+    return PartPolicy(tuple(share.offsets(node_type).tolist()), _numbering(share))
 
 
 def edge_policy(
@@ -71,7 +73,11 @@ def edge_policy(
     counts = torch.zeros(world_size, dtype=torch.int64)
     counts[rank] = share.num_edges(edge_type)
     counts = exchange.all_reduce_sum(counts, own)
-    return PartPolicy((0, *counts.cumsum(0).tolist()))
+    return PartPolicy((0, *counts.cumsum(0).tolist()), _numbering(share))
+
+
+def _numbering(share: GraphData) -> int:
+    return 0 if share.part is None else int(share.part.run_id[:15] or "0", 16)
 
 
 def as_policy(

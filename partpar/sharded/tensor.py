@@ -15,7 +15,7 @@ from partpar.errors import RouteError
 from partpar.graph import GraphData
 from partpar.kernels.whole_rows import put_rows
 from partpar.sharded import swap
-from partpar.sharded.checkpoint import ShardedRows, copy_rows
+from partpar.sharded.checkpoint import ShardedRows, check_numbering, copy_rows, numbering_of
 from partpar.sharded.initializers import InitFunc, initialise
 from partpar.sharded.policy import PartPolicy, as_policy
 from partpar.sharded.shard import Shard, names
@@ -213,9 +213,9 @@ class DistTensor:
     # --- keeping ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        r"""``{"rows": ...}``, this worker's rows as :mod:`torch.distributed.checkpoint` saves them and fills them in,
-        onto any number of workers."""
-        return {"rows": ShardedRows.of(self.shard)}
+        r"""``{"rows": ..., "numbering": ...}``, this worker's rows as :mod:`torch.distributed.checkpoint` saves them and
+        fills them in, onto any number of workers, and what ids mean."""
+        return {"rows": ShardedRows.of(self.shard), "numbering": numbering_of(self.shard)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         r"""Takes rows over.
@@ -224,10 +224,11 @@ class DistTensor:
             state: Of :meth:`state_dict`; or ``{"rows": whole}`` with all rows as one tensor.
 
         Raises:
-            RouteError: Keys, shape or dtype do not fit.
+            RouteError: Keys, shape or dtype do not fit, or ids are those of another partition.
         """
-        if set(state) != {"rows"}:
+        if set(state) - {"numbering"} != {"rows"}:
             raise RouteError(f"{self.name}: expected a state with the key 'rows', found {sorted(state)}")
+        check_numbering(state.get("numbering"), self.shard)
         copy_rows(state["rows"], self.shard)
 
 
