@@ -33,6 +33,16 @@ def test_rank_0_works_for_all(gang: Gang, world_size: int) -> None:
     assert gang.run(_first, world_size) == [[{"folder": "x", "by": 0}, None]] * world_size
 
 
+def _first_returns(worker: Any, what: Any) -> str:
+    return str(training.first_rank(lambda: what, worker.group))
+
+
+def test_what_rank_0_returns_is_a_plain_value_or_a_path(gang: Gang) -> None:
+    assert gang.run(_first_returns, 2, Path("partitions/metis_2")) == ["partitions/metis_2"] * 2
+    for _, message in gang.run_expecting_errors(_first_returns, 2, {1, 2}):
+        assert "first_rank: expected a value that JSON can carry, or a path, found set" in message
+
+
 def _first_fails(worker: Any) -> None:
     def work() -> None:
         raise GraphError("no such graph")

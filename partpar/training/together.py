@@ -6,6 +6,7 @@ As in :mod:`partpar.exchange`, the group :obj:`None` stands for "alone".
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,7 +36,8 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> An
     (collective).
 
     Args:
-        work: What to do, such as cutting a graph. Returns something that JSON can carry.
+        work: What to do, such as cutting a graph. Returns something that JSON can carry; paths become
+            strings on the other ranks.
         group: The process group, such as that of a context or a route; :obj:`None` when alone.
 
     Raises:
@@ -52,12 +54,22 @@ def first_rank(work: Callable[[], Any], group: ProcessGroup | None = None) -> An
         return told["value"]
     try:
         value = work()
-        message = {"value": json.loads(json.dumps(value))}
+        message = {"value": json.loads(json.dumps(value, default=_as_text))}
     except BaseException as error:
         _broadcast_text({"error": f"{type(error).__name__}: {error}"}, patient)
         raise
     _broadcast_text(message, patient)
     return value
+
+
+def _as_text(value: Any) -> str:
+    """What JSON cannot carry by itself."""
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    raise TypeError(
+        f"first_rank: expected a value that JSON can carry, or a path, found {type(value).__name__}; return nothing, and "
+        "have every rank read what rank 0 wrote"
+    )
 
 
 def side_group(own: ProcessGroup, purpose: str, timeout: float) -> ProcessGroup:
