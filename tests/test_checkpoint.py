@@ -2,6 +2,7 @@ r"""Checkpoints: nothing of a training's state is lost, and nothing that is not 
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from partpar.errors import (
     SamplingError,
 )
 from partpar.sampling import DistNeighborLoader
-from partpar.training import Checkpointer, checkpoint_storage
+from partpar.training import Checkpointer, add_checkpoint_arguments, checkpoint_storage, open_checkpoints
 from partpar.training.checkpoint_files import steps_in
 from partpar.training.state_tree import join, split
 
@@ -104,6 +105,15 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, other, resume=True) as checkpoints, pytest.raises(CheckpointError, match=r"model: expected"):
         checkpoints.resume()
     assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_who_resumes_says_where() -> None:
+    parser = argparse.ArgumentParser()
+    add_checkpoint_arguments(parser)
+    with pytest.raises(CheckpointError, match="--resume: expected --checkpoint-dir"):
+        open_checkpoints(parser.parse_args(["--resume"]), Training().state)
+    with open_checkpoints(parser.parse_args([]), Training().state) as checkpoints:
+        assert checkpoints.resume() is None
 
 
 def print_nothing() -> None: ...

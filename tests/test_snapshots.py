@@ -254,6 +254,11 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(PartitionError, match=message):
             whole.partition_graph(tmp_path, 1, **arguments)
+    data = temporal("generated").clone()
+    data.t = data.t.double()
+    data.t[7] = float("nan")
+    with pytest.raises(PartitionError, match="time_attr 't': expected one finite number an edge, found nan at edge 7"):
+        GraphData.from_pyg_data(data).partition_graph(tmp_path, 1, time_attr="t", num_snapshots=2)
     whole.partition_graph(tmp_path, 1)
     with pytest.raises(GraphError, match="found one without windows of time"):
         GraphData.load_partition(tmp_path, 0, 1).snapshots()

@@ -40,10 +40,12 @@ def make_windows(
         )
     for time in times:
         bad = time.dim() != 1 or time.dtype == torch.bool or time.dtype.is_complex
-        if bad or not bool(torch.isfinite(time).all()):
-            raise PartitionError(
-                f"time_attr {time_attr!r}: expected one finite number an edge, found {time.dtype} of shape {tuple(time.shape)}"
-            )
+        found = f"{time.dtype} of shape {tuple(time.shape)}"
+        if not bad and not bool((finite := torch.isfinite(time)).all()):
+            place = int((~finite).nonzero()[0])
+            bad, found = True, f"{time[place].item()} at edge {place}"
+        if bad:
+            raise PartitionError(f"time_attr {time_attr!r}: expected one finite number an edge, found {found}")
     if (num_snapshots is None) == (boundaries is None):
         raise PartitionError(
             f"expected either num_snapshots or boundaries with time_attr, found {num_snapshots} and {boundaries}"

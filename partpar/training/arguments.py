@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
+from partpar.errors import CheckpointError
 from partpar.training.checkpoint import Checkpointer
 
 
@@ -34,6 +35,11 @@ def open_checkpoints(
         state: See :class:`~partpar.training.Checkpointer`.
         group: The process group; by default all processes.
         folder: Below ``--checkpoint-dir``, where a script trains several times.
+
+    Raises:
+        CheckpointError: ``--resume`` without ``--checkpoint-dir``, or as by the class.
     """
+    if args.resume and args.checkpoint_dir is None:
+        raise CheckpointError("--resume: expected --checkpoint-dir, the folder to go on from, found none; give it")
     root = None if args.checkpoint_dir is None else args.checkpoint_dir / folder
     return Checkpointer(root, state, group, every=args.checkpoint_every, resume=args.resume)
