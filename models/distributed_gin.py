@@ -128,7 +128,7 @@ class DistributedGIN(BasicGNN):
         self,
         x: Tensor | SourceRows | None,
         edge_index: Tensor | Adjacency | Sequence[Adjacency],
-        edge_attr: Tensor | None = None,
+        edge_attr: Tensor | Route | None = None,
         batch: Tensor | None = None,
         node_ids: Tensor | None = None,
         edge_ids: Tensor | None = None,
@@ -140,7 +140,8 @@ class DistributedGIN(BasicGNN):
         Args:
             x (torch.Tensor, optional): ``[num_owned, in_channels]``; may be left out where rows are learned.
             edge_index (torch.Tensor or Adjacency): As for :meth:`BasicGNN.forward`.
-            edge_attr (torch.Tensor, optional): ``[E, D]``, where layers take it.
+            edge_attr (torch.Tensor, optional): ``[E, D]``, where layers take it. A route may stand in its place, as every
+                model is called ``model(x, edges, route)``.
             batch (torch.Tensor, optional): ``[num_owned]`` int64, the graph of each node, numbered over all ranks.
                 Outputs are then those of graphs, the same on every rank of the route.
             node_ids (torch.Tensor, optional): ``[num_owned]`` int64, whose learned rows the nodes have.
@@ -155,18 +156,20 @@ class DistributedGIN(BasicGNN):
             RouteError: Learned rows were asked for and :meth:`set_num_embeddings` was not called, or ids or rows are
                 missing.
         """
+        attr = None if isinstance(edge_attr, Route) else edge_attr
+        route = edge_attr if isinstance(edge_attr, Route) else route
         of_nodes, of_edges = self.learned(node_ids, edge_ids)
         if of_nodes is not None and hasattr(self, "embedding_lin"):
             of_nodes = self.embedding_lin(of_nodes)
         rows = add_learned(type(self).__name__, x, of_nodes)  # type: ignore[arg-type]
         if of_edges is not None:
-            edge_attr = add_learned(type(self).__name__, edge_attr, of_edges)
+            attr = add_learned(type(self).__name__, attr, of_edges)
         if self.use_dist_tensor and route is not None and not (self.training or torch.is_grad_enabled()):
             assert isinstance(edge_index, Tensor | Adjacency)
             rows = rows.owned if isinstance(rows, SourceRows) else rows
-            out = self._in_chunks(rows, edge_index, edge_attr, route)
+            out = self._in_chunks(rows, edge_index, attr, route)
         else:
-            out = super().forward(rows, edge_index, route, edge_attr=edge_attr)
+            out = super().forward(rows, edge_index, route, edge_attr=attr)
         return out if batch is None else self._pool(out, batch, route, batch_size)
 
     def _in_chunks(

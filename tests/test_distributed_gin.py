@@ -314,6 +314,7 @@ def on_a_partition(worker: Worker, root: str) -> Tensor:
     nodes = share.node("dst")
     assert torch.equal(model.embeddings[0].weight.local_ids, nodes["ids"]), "rows live with their nodes"
     out = model(None, share.adj(), node_ids=nodes["ids"], route=route)
+    assert torch.equal(out, model(None, share.adj(), route, node_ids=nodes["ids"])), "the third may be the route"
     return out.detach()
 
 
