@@ -2,12 +2,16 @@ r"""Shards in the form that :mod:`torch.distributed.checkpoint` saves and loads,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from partpar.directory import from_raw_ids
 from partpar.errors import RouteError
+from partpar.route import Route
 from partpar.sharded.shard import Shard
 
 if TYPE_CHECKING:
@@ -77,32 +81,50 @@ class ShardedRows(Tensor):
         return self.local
 
 
-def numbering_of(shard: Shard) -> Tensor:
+def meaning_of(shard: Shard) -> dict[str, Tensor]:
     r"""What a state says of the meaning of ids; see :class:`~partpar.sharded.PartPolicy`."""
-    return torch.tensor(shard.policy.numbering)
+    policy = shard.policy
+    told = {"numbering": torch.tensor(policy.numbering)}
+    if policy.raw_ids is not None:  # a copy, for those of a checkpoint will be read into it
+        told["raw_ids"] = ShardedRows.of(shard, policy.raw_ids.clone())
+    return told
 
 
-def check_numbering(found: Any, shard: Shard) -> None:
-    r"""Compares the meaning of ids in a state with that of a shard's.
+def way_from(state: Mapping[str, Any], shard: Shard, group: ProcessGroup | None) -> Route | None:
+    r"""The way that rows of a state take to a shard's (collective where the ids of the two differ).
 
     Args:
-        found: Of :func:`numbering_of`; :obj:`None` where a state does not say.
+        state: With what :func:`meaning_of` tells, unless it does not say.
         shard: Which is to take the rows.
+        group: Of the shard's ranks.
+
+    Returns:
+        A route from the rows of the state to those of the shard; :obj:`None` where ids mean the same.
 
     Raises:
-        RouteError: They differ, so that each row would become another's.
+        RouteError: It is not known which row is whose.
     """
-    expected = shard.policy.numbering
-    if isinstance(found, Tensor) and int(found) != expected:
+    found, expected = state.get("numbering"), shard.policy.numbering
+    if not isinstance(found, Tensor) or int(found) == expected:
+        return None
+    theirs, ours = state.get("raw_ids"), shard.policy.raw_ids
+    if ours is None or not isinstance(theirs, ShardedRows):
         of = [f"partition {n:015x}" if n else "no partition" for n in (expected, int(found))]
         raise RouteError(
             f"{shard.name}: expected rows by the ids of {of[0]}, found rows by those of {of[1]}, where a row is another "
-            "node's; resume on the partition that they were learned on, or keep rows by raw ids, without part_policy=share"
+            "node's; give the same kind of part_policy as when they were saved"
         )
+    return Route(ours, **vars(from_raw_ids(ours, theirs.local, group)), group=group)
 
 
-def copy_rows(found: Any, shard: Shard, into: Tensor | None = None) -> None:
+def copy_rows(found: Any, shard: Shard, into: Tensor | None = None, way: Route | None = None) -> None:
     r"""Takes rows from a state over into a shard's, or into others that are laid out like them.
+
+    Args:
+        found: The rows of the state.
+        shard: Which takes them.
+        into: Others, such as an optimiser keeps for each row.
+        way: Of :func:`way_from` (collective if there is one).
 
     Raises:
         RouteError: They are not a shard's of this layout, nor all rows.
@@ -122,5 +144,7 @@ def copy_rows(found: Any, shard: Shard, into: Tensor | None = None) -> None:
         rows = found.local
     else:
         rows = found[shard.first_id : shard.first_id + len(into)]
-    if rows.data_ptr() != into.data_ptr():
+    if way is not None:
+        into.copy_(way.apply(rows))
+    elif rows.data_ptr() != into.data_ptr():
         into.copy_(rows)

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from partpar.errors import RouteError
 from partpar.graph import GraphData
 from partpar.sharded import swap
-from partpar.sharded.checkpoint import ShardedRows, check_numbering, copy_rows, numbering_of
+from partpar.sharded.checkpoint import ShardedRows, copy_rows, meaning_of, way_from
 from partpar.sharded.initializers import InitFunc
 from partpar.sharded.policy import PartPolicy
 from partpar.sharded.tensor import DistTensor, check_ids
@@ -97,7 +97,7 @@ class DistEmbedding(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = ShardedRows.of(self.weight.shard)
-        destination[prefix + "numbering"] = numbering_of(self.weight.shard)
+        destination.update({prefix + name: told for name, told in meaning_of(self.weight.shard).items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _, _, missing_keys, _, error_msgs = args
@@ -105,8 +105,9 @@ class DistEmbedding(torch.nn.Module):
             missing_keys.append(prefix + "weight")
             return
         try:
-            check_numbering(state_dict.get(prefix + "numbering"), self.weight.shard)
-            copy_rows(state_dict[prefix + "weight"], self.weight.shard)
+            told = {name: state_dict.get(prefix + name) for name in ("numbering", "raw_ids")}
+            way = way_from(told, self.weight.shard, self.weight.group)
+            copy_rows(state_dict[prefix + "weight"], self.weight.shard, way=way)
         except RouteError as error:
             error_msgs.append(str(error))
 

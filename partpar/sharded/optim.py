@@ -13,7 +13,7 @@ from torch import Tensor
 from partpar.errors import RouteError
 from partpar.kernels.whole_rows import whole
 from partpar.sharded import swap
-from partpar.sharded.checkpoint import ShardedRows, copy_rows
+from partpar.sharded.checkpoint import ShardedRows, copy_rows, meaning_of, way_from
 from partpar.sharded.embedding import DistEmbedding
 from partpar.sharded.gradients import Gradients
 from partpar.sharded.wanted import nothing
@@ -145,13 +145,15 @@ class SparseOptimizer(ABC):
             }
             for i, table in enumerate(self.params)
         }
-        return {"state": state, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        meaning = {str(i): meaning_of(table.weight.shard) for i, table in enumerate(self.params)}
+        return {"state": state, "meaning": meaning, "lr": torch.tensor(self.lr, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        r"""Takes a state over, of :meth:`state_dict` or with whole tensors in it.
+        r"""Takes a state over, of :meth:`state_dict` or with whole tensors in it (collective where it was saved by the ids
+        of another partition).
 
         Raises:
-            RouteError: Keys, shapes or dtypes do not fit.
+            RouteError: Keys, shapes or dtypes do not fit, or it is not known which row is whose.
         """
         for i, table in enumerate(self.params):
             found = state.get("state", {}).get(str(i), {})
@@ -159,11 +161,12 @@ class SparseOptimizer(ABC):
                 raise RouteError(
                     f"{type(self).__name__}: expected {sorted(self.state[i])} for table {i}, found {sorted(found)}"
                 )
+            way = way_from(state.get("meaning", {}).get(str(i), {}), table.weight.shard, table.weight.group)
             for key, value in self.state[i].items():
                 if key == "step":
                     value.copy_(found[key])
                 else:
-                    copy_rows(found[key], table.weight.shard, value)
+                    copy_rows(found[key], table.weight.shard, value, way)
         self.lr = float(state["lr"])
 
 

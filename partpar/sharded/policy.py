@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from partpar import exchange
 from partpar.errors import RouteError
-from partpar.graph import EdgeType, GraphData
+from partpar.graph import EdgeType, Frame, GraphData
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,13 @@ class PartPolicy:
     Args:
         offsets: ``num_parts + 1`` numbers that rise from 0 to the number of rows.
         numbering: What ids mean: a number of the partition whose ids they are, 0 for ids that belong to none.
+        raw_ids: ``[num_local]`` int64, what this worker's ids stand for, by which rows find their way from one partition to
+            another.
     """
 
     offsets: tuple[int, ...]
     numbering: int = field(default=0, compare=False)  # told when rows are loaded, for rows of other ids are others'
+    raw_ids: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         steps = np.diff(self.offsets)
@@ -55,7 +58,7 @@ def node_policy(share: GraphData, node_type: str | None = None) -> PartPolicy:
         share: A worker's share, or a whole graph.
         node_type: Whose nodes; may be left out where there is one type.
     """
-    return PartPolicy(tuple(share.offsets(node_type).tolist()), _numbering(share))
+    return PartPolicy(tuple(share.offsets(node_type).tolist()), _numbering(share), _raw_ids(share, share.node(node_type)))
 
 
 def edge_policy(
@@ -73,11 +76,15 @@ def edge_policy(
     counts = torch.zeros(world_size, dtype=torch.int64)
     counts[rank] = share.num_edges(edge_type)
     counts = exchange.all_reduce_sum(counts, own)
-    return PartPolicy((0, *counts.cumsum(0).tolist()), _numbering(share))
+    return PartPolicy((0, *counts.cumsum(0).tolist()), _numbering(share), _raw_ids(share, share.edge(edge_type)))
 
 
 def _numbering(share: GraphData) -> int:
     return 0 if share.part is None else int(share.part.run_id[:15] or "0", 16)
+
+
+def _raw_ids(share: GraphData, frame: Frame) -> Tensor | None:
+    return None if share.part is None else frame["raw_ids"]
 
 
 def as_policy(

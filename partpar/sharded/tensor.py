@@ -15,7 +15,7 @@ from partpar.errors import RouteError
 from partpar.graph import GraphData
 from partpar.kernels.whole_rows import put_rows
 from partpar.sharded import swap
-from partpar.sharded.checkpoint import ShardedRows, check_numbering, copy_rows, numbering_of
+from partpar.sharded.checkpoint import ShardedRows, copy_rows, meaning_of, way_from
 from partpar.sharded.initializers import InitFunc, initialise
 from partpar.sharded.policy import PartPolicy, as_policy
 from partpar.sharded.shard import Shard, names
@@ -214,22 +214,22 @@ class DistTensor:
 
     def state_dict(self) -> dict[str, Any]:
         r"""``{"rows": ..., "numbering": ...}``, this worker's rows as :mod:`torch.distributed.checkpoint` saves them and
-        fills them in, onto any number of workers, and what ids mean."""
-        return {"rows": ShardedRows.of(self.shard), "numbering": numbering_of(self.shard)}
+        fills them in, onto any number of workers, and what ids mean: which partition's they are, and with it
+        ``"raw_ids"``."""
+        return {"rows": ShardedRows.of(self.shard), **meaning_of(self.shard)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        r"""Takes rows over.
+        r"""Takes rows over (collective where they were saved by the ids of another partition).
 
         Args:
             state: Of :meth:`state_dict`; or ``{"rows": whole}`` with all rows as one tensor.
 
         Raises:
-            RouteError: Keys, shape or dtype do not fit, or ids are those of another partition.
+            RouteError: Keys, shape or dtype do not fit, or it is not known which row is whose.
         """
-        if set(state) - {"numbering"} != {"rows"}:
+        if set(state) - {"numbering", "raw_ids"} != {"rows"}:
             raise RouteError(f"{self.name}: expected a state with the key 'rows', found {sorted(state)}")
-        check_numbering(state.get("numbering"), self.shard)
-        copy_rows(state["rows"], self.shard)
+        copy_rows(state["rows"], self.shard, way=way_from(state, self.shard, self.group))
 
 
 class RowsInFlight:
