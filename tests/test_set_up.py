@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +161,30 @@ def test_alone_there_is_no_process_group(
         assert context.is_first
     said = capfd.readouterr().err
     assert "1 worker(s) on cpu, no process group, 1 thread(s) each, allocator as the system sets it" in said
+
+
+LAYERS = """
+import sys, tempfile
+tempfile.tempdir = sys.argv[1]
+import torch_geometric.nn as pyg
+from partpar import nn, training
+class UserConv(pyg.MessagePassing):
+    def forward(self, x, edge_index):
+        return self.propagate(edge_index, x=x)
+with training.init(quiet=True):
+    pyg.GATConv(2, 2), nn.GCNConv(2, 2), UserConv()
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise", 3)])
+def test_a_worker_leaves_no_source_of_pygs_layers(tmp_path: Path, end: str, code: int) -> None:
+    own = tmp_path / "pyg_of_mine_1.py"  # of nobody's module
+    own.touch()
+    done = subprocess.run([sys.executable, "-c", LAYERS, str(tmp_path), end], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.glob("*.py")) == [own]
 
 
 def _wait_in_vain(worker: Any) -> None:

@@ -24,6 +24,7 @@ from partpar import lost
 from partpar.training.environment import Launch, SetupError, read_environment
 from partpar.training.machine import huge_pages, threads_per_worker, tune_allocator
 from partpar.training.meeting import meeting_store
+from partpar.training.templates import remove_templates_at_exit
 from partpar.training.together import forget_groups
 from partpar.variables import NETWORK_FLAG, THREADS_FLAG
 
@@ -268,6 +269,7 @@ def init(
         torch.set_num_threads(threads or threads_per_worker(launch.local_world_size))
     blocks = _set_allocator() if allocator else "as the system sets it"
     _tell_of_crashes()
+    remove_templates_at_exit()
 
     if dist.is_initialized():
         context = Context(
