@@ -105,7 +105,7 @@ def _moments(x: Tensor, route: Route | HeteroRoute) -> tuple[Tensor, Tensor, int
     centre = x.sum(0) / max(x.size(0), 1)
     x = x - centre
     own = torch.stack([x.sum(0), x.square().sum(0), centre, torch.full_like(centre, x.size(0))]).double()
-    sums, squares, centres, counts = _gather(own, route).unbind(1)  # [ranks, F] each
+    sums, squares, centres, counts = exchange.all_gather(own, route.group).unbind(1)  # [ranks, F] each
     count = int(counts[:, 0].sum())
     if count <= 1:  # as torch says it
         raise ValueError(
@@ -117,11 +117,6 @@ def _moments(x: Tensor, route: Route | HeteroRoute) -> tuple[Tensor, Tensor, int
     shift = (sums + counts * away).sum(0) / count  # the mean less the middle
     var = (squares + 2 * away * sums + counts * away.square()).sum(0) / count - shift.square()
     return middle + shift, var, count
-
-
-def _gather(own: Tensor, route: Route | HeteroRoute) -> Tensor:
-    """``[ranks, *]``, the tensors of all ranks."""
-    return exchange.all_gather(own, route.group)
 
 
 class BatchNorm(pyg_nn.BatchNorm):

@@ -58,7 +58,7 @@ def node_policy(share: GraphData, node_type: str | None = None) -> PartPolicy:
         share: A worker's share, or a whole graph.
         node_type: Whose nodes; may be left out where there is one type.
     """
-    return PartPolicy(tuple(share.offsets(node_type).tolist()), _numbering(share), _raw_ids(share, share.node(node_type)))
+    return PartPolicy(tuple(share.offsets(node_type).tolist()), *_meaning(share, share.node(node_type)))
 
 
 def edge_policy(
@@ -71,20 +71,13 @@ def edge_policy(
         edge_type: Which edges; may be left out where there is one type.
         group: Process group with one rank for each part; by default all processes.
     """
-    own = exchange.own_group(group)
-    rank, world_size = exchange.rank_and_size(own)
-    counts = torch.zeros(world_size, dtype=torch.int64)
-    counts[rank] = share.num_edges(edge_type)
-    counts = exchange.all_reduce_sum(counts, own)
-    return PartPolicy((0, *counts.cumsum(0).tolist()), _numbering(share), _raw_ids(share, share.edge(edge_type)))
+    counts = exchange.all_gather(torch.tensor(share.num_edges(edge_type)), exchange.own_group(group))
+    return PartPolicy((0, *counts.cumsum(0).tolist()), *_meaning(share, share.edge(edge_type)))
 
 
-def _numbering(share: GraphData) -> int:
-    return 0 if share.part is None else int(share.part.run_id[:15] or "0", 16)
-
-
-def _raw_ids(share: GraphData, frame: Frame) -> Tensor | None:
-    return None if share.part is None else frame["raw_ids"]
+def _meaning(share: GraphData, frame: Frame) -> tuple[int, Tensor | None]:
+    """The number of a share's partition, and what the ids of a frame's rows stand for."""
+    return (0, None) if share.part is None else (int(share.part.run_id[:15] or "0", 16), frame["raw_ids"])
 
 
 def as_policy(

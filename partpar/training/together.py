@@ -128,10 +128,7 @@ def all_numbers(numbers: Sequence[float], group: ProcessGroup | None = None) -> 
         float64 ``[world_size, len(numbers)]``, the same on every rank.
     """
     own = None if group is None else exchange.own_group(group)
-    rank, size = exchange.rank_and_size(own)
-    table = torch.zeros(size, len(numbers), dtype=torch.float64)
-    table[rank] = torch.tensor(list(numbers), dtype=torch.float64)
-    return exchange.all_reduce_sum(table, own)
+    return exchange.all_gather(torch.tensor(list(numbers), dtype=torch.float64), own)
 
 
 def all_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
