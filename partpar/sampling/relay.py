@@ -28,7 +28,7 @@ from partpar.sampling.batches import Kind
 from partpar.sampling.wire import receive, send
 from partpar.serving.messages import HopReply, HopRequest
 from partpar.serving.service import Service
-from partpar.serving.transport import Tensors, Values, Verbs
+from partpar.serving.transport import Tensors, Values, Verbs, below
 
 
 def _plain(kind: Kind) -> str | list[str]:
@@ -75,8 +75,7 @@ class Questions:
         r"""Neighbours, as :meth:`~partpar.serving.Service.hop_begin` has them."""
         requests = {}
         for k, plain in values["requests"].items():
-            mine = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{k}/")}
-            request = HopRequest.from_wire(mine, plain)
+            request = HopRequest.from_wire(below(tensors, k), plain)
             requests[request.edge_type] = request
         out: Tensors = {}
         for k, reply in enumerate(self.service.hop_begin(requests).wait().values()):
@@ -210,8 +209,7 @@ class RelayedService:
         answer = self._ask("hop", tensors, requests=values)
         replies = {}
         for k, edge_type in enumerate(requests):
-            mine = {name.partition("/")[2]: t for name, t in answer.items() if name.startswith(f"{k}/")}
-            replies[edge_type] = HopReply.from_wire(mine, {})
+            replies[edge_type] = HopReply.from_wire(below(answer, k), {})
         return _There(replies)
 
     def fetch_all_begin(self, wanted: Mapping[Kind, tuple[Any, Tensor]]) -> _There:

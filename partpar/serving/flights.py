@@ -12,7 +12,7 @@ from partpar.errors import AgreementError
 from partpar.graph import EdgeType
 from partpar.serving.messages import HopReply, HopRequest
 from partpar.serving.owner import Type, take
-from partpar.serving.transport import InFlight
+from partpar.serving.transport import InFlight, below
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class HopsInFlight:
         for flight, edge_types in self.asked:
             answer = flight.wait()
             for k, edge_type in enumerate(edge_types):
-                mine = {n.partition("/")[2]: t for n, t in answer.items() if n.startswith(f"{k}/")}
-                self.replies[edge_type].append(HopReply.from_wire(mine, {}))
+                self.replies[edge_type].append(HopReply.from_wire(below(answer, k), {}))
         self.asked = []
         return {
             t: HopReply.merge(self.replies[t], self.index[t], request.ids.numel())

@@ -19,7 +19,7 @@ from partpar.serving.cache import RowCache
 from partpar.serving.hop import answer_hop, forget_attribute
 from partpar.serving.later import MadeOnce, later
 from partpar.serving.messages import HopReply, HopRequest
-from partpar.serving.transport import MAX_BYTES, Tensors, Values, Verbs
+from partpar.serving.transport import MAX_BYTES, Tensors, Values, Verbs, below
 
 Type = str | EdgeType
 _DRAW_BYTES = 4 * 8  # of a neighbour in an answer
@@ -82,8 +82,7 @@ class Owner:
         r"""One hop for several edge types: requests ``k`` lie in ``k/...`` and ``values[k]``."""
         requests = {}
         for key, plain in values.items():
-            mine = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{key}/")}
-            requests[key] = HopRequest.from_wire(mine, plain)
+            requests[key] = HopRequest.from_wire(below(tensors, key), plain)
         if any(self._needs_times(r) and self._times.get(_times_key(r)) is None for r in requests.values()):
             return later()
         out: Tensors = {}

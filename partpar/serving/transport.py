@@ -139,6 +139,11 @@ def failure(who: str, verb: str, trace: str) -> RemoteError:
     return RemoteError(f"{who} failed in {verb!r}: {cause}\n\nThe traceback there:\n{trace}")
 
 
+def below(tensors: Mapping[str, Tensor], key: object) -> Tensors:
+    r"""The tensors of one of several parts of a message: those called ``"key/name"``, by name."""
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{key}/")}
+
+
 def check_message(tensors: Tensors, values: Values) -> None:
     r"""Raises :class:`~partpar.errors.ServiceError` for what is no message: it may come from a stranger."""
     if not isinstance(tensors, dict) or not isinstance(values, dict) or len(tensors) > MAX_ITEMS:
