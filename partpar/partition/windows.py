@@ -39,13 +39,13 @@ def make_windows(
             f"time_attr: expected the name of an edge attribute ({known}), found {time_attr!r}"
         )
     for time in times:
-        bad = time.dim() != 1 or time.dtype == torch.bool or time.dtype.is_complex
-        found = f"{time.dtype} of shape {tuple(time.shape)}"
-        if not bad and not bool((finite := torch.isfinite(time)).all()):
-            place = int((~finite).nonzero()[0])
-            bad, found = True, f"{time[place].item()} at edge {place}"
-        if bad:
-            raise PartitionError(f"time_attr {time_attr!r}: expected one finite number an edge, found {found}")
+        if time.dim() != 1 or time.dtype == torch.bool or time.dtype.is_complex:
+            found = f"{time.dtype} of shape {tuple(time.shape)}"
+        elif (odd := (~torch.isfinite(time)).nonzero()).numel():
+            found = f"{time[odd[0]].item()} at edge {int(odd[0])}"
+        else:
+            continue
+        raise PartitionError(f"time_attr {time_attr!r}: expected one finite number an edge, found {found}")
     if (num_snapshots is None) == (boundaries is None):
         raise PartitionError(
             f"expected either num_snapshots or boundaries with time_attr, found {num_snapshots} and {boundaries}"

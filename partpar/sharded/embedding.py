@@ -125,12 +125,14 @@ def lookup(ids_of: Mapping[DistEmbedding, Tensor]) -> dict[DistEmbedding, Tensor
     Raises:
         RouteError: Something is no table, tables are of different groups, or ids do not fit; on every rank.
     """
-    tables = [table for table in ids_of if isinstance(table, DistEmbedding)]
-    odd = next((type(other).__name__ for other in ids_of if not isinstance(other, DistEmbedding)), None)
-    no_table = None if odd is None else RouteError(
-        f"lookup: expected {{DistEmbedding: ids}}, found a {odd}; rows of a DistTensor are tensor[ids]"
-    )  # fmt: skip
-    if no_table is not None and not tables:
+    tables, no_table = [], None
+    for table in ids_of:
+        if isinstance(table, DistEmbedding):
+            tables.append(table)
+        else:
+            told = f"found a {type(table).__name__}; rows of a DistTensor are tensor[ids]"
+            no_table = no_table or RouteError(f"lookup: expected {{DistEmbedding: ids}}, {told}")
+    if no_table is not None and not tables:  # else the exchange below tells it on every rank
         raise no_table
     if len({id(table.weight.group) for table in tables}) > 1:
         raise RouteError("lookup: expected tables of one process group, found several; look each group's up by itself")
